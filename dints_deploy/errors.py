@@ -1,0 +1,116 @@
+"""The one tree of errors, each with a stable reason code that scripts and the operator's runbook can rely on.
+
+DintsError            something failed                         exit code 1
+├── UsageError        the command was called wrongly           exit code 2
+├── ScanRefused       the scan is not what the entry accepts   exit code 3
+├── EntryError        a zoo entry is damaged or not allowed    exit code 1
+├── EngineError       an inference engine failed               exit code 1
+├── OutputError       a result could not be written            exit code 1
+└── DatasetError      a training or evaluation dataset is bad  exit code 1
+
+A message is one sentence: what was expected, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final
+
+REASONS: Final[dict[str, str]] = {
+    # usage
+    "usage": "the command line does not make sense as given",
+    "extra-missing": "an optional part of the software is not installed",
+    "entry-unknown": "no zoo entry has this name",
+    "entry-ambiguous": "several entries, or none, accept this scan: name one with --model",
+    "entry-exists": "an entry of this name is already there",
+    "entry-has-no-weights": "the entry is a recipe: it has a genotype but no trained network",
+    # the file of a scan
+    "scan-missing": "the file does not exist or cannot be read",
+    "scan-empty": "the file has no bytes",
+    "scan-format": "the file is not a NIfTI image",
+    "scan-truncated": "the file ends before its voxels do",
+    "scan-gzip": "the compressed stream is damaged",
+    "scan-too-large": "the header claims, or the stream unpacks to, more than the limit",
+    "scan-dimensions": "the image is not a 3-D volume (or 4-D with channels)",
+    "scan-datatype": "the voxel type is not a real number",
+    "scan-affine": "the header's geometry is missing, singular or contradictory",
+    # the content of a scan
+    "scan-nonfinite": "the voxels hold NaN or infinity",
+    "scan-constant": "all voxels have the same value",
+    "scan-looks-like-labels": "the voxels look like a label image, not like a scan",
+    "scan-channels": "the number or the names of the channels are not the entry's",
+    "frame-mismatch": "the channels of one case lie on different grids",
+    "scan-extent": "the scan's physical size is outside what the entry accepts",
+    "scan-spacing": "the scan's voxel spacing is outside what the entry accepts",
+    "scan-shape": "an axis of the scan has fewer voxels than the entry accepts",
+    # zoo entries
+    "entry-missing-file": "a file that the entry names, or must have, is missing",
+    "entry-invalid": "a file of the entry does not follow its schema",
+    "entry-path": "the entry names a path outside its own folder, or a link",
+    "entry-checksum": "a file differs from its checksum",
+    "entry-onnx": "the ONNX file is damaged, or uses external data, a custom domain or other inputs than the entry says",
+    "no-certificate": "this precision, engine or plan has no parity certificate for these weights",
+    # engines
+    "engine-missing": "the engine's package is not installed",
+    "engine-failed": "the engine could not load or run the network",
+    "engine-output": "the engine returned values that are not finite or of the wrong shape",
+    "memory-limit": "the run cannot fit the memory limit",
+    # outputs
+    "output-unwritable": "the output folder or file cannot be written",
+    "disk-full": "no space is left where the output goes",
+    "output-selfcheck": "a written result did not read back as the mask that was computed",
+    # workshop
+    "dataset-invalid": "the dataset does not follow the Medical Segmentation Decathlon layout",
+    "case-invalid": "a training or evaluation case is not usable",
+    "fold-unknown": "the fold does not exist",
+    "cases-seen": "the entry was trained on these cases: its score on them would be no measurement",
+    "genotype-invalid": "the genotype is not a feasible network of its search space",
+    "recipe-invalid": "the recipe or run configuration does not follow its schema",
+    "run-mismatch": "the run folder belongs to another configuration",
+    "checkpoint-invalid": "the checkpoint is damaged",
+    "parity-failed": "the exported network differs from the trained one by more than the threshold",
+}
+"""Every reason code, and what it means. Codes are stable: scripts and the runbook depend on them."""
+
+
+class DintsError(Exception):
+    """Say what failed in one sentence, with a stable reason code from `REASONS`."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, code: str, message: str) -> None:
+        if code not in REASONS:
+            raise KeyError(f"reason code {code!r} is not in dints_deploy.errors.REASONS: add it there")
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+class UsageError(DintsError):
+    """The command was called wrongly; the same call never works."""
+
+    exit_code = 2
+
+
+class ScanRefused(DintsError):
+    """The scan is not what the entry accepts; the reason code says why."""
+
+    exit_code = 3
+
+
+class EntryError(DintsError):
+    """A zoo entry is damaged, incomplete or not allowed."""
+
+
+class EngineError(DintsError):
+    """An inference engine is missing or failed."""
+
+
+class OutputError(DintsError):
+    """A result could not be written; no partial file is left."""
+
+
+class DatasetError(DintsError):
+    """A dataset, recipe, genotype or run folder of the workshop is not usable."""

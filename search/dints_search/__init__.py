@@ -1,0 +1,1 @@
+"""The workshop: search, retrain, evaluate, export and publish DiNTS networks. Needs torch and MONAI."""
