@@ -1,0 +1,82 @@
+"""Read a series as a Volume in RAS mm, and bring masks on its grid back to every source plane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dints_deploy.dicom.findings import STRICT, Policy
+from dints_deploy.dicom.gate import GeometryReport, decide, examine
+from dints_deploy.dicom.header import LPS_TO_RAS, Plane
+from dints_deploy.dicom.pixels import decode
+from dints_deploy.dicom.series import Series
+from dints_deploy.imaging.volume import Volume
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, eq=False)
+class DicomVolume:
+    """A series as a volume, with the way back.
+
+    Attributes:
+        volume: (1, I, J, K) float32 on a grid in RAS mm. Where nothing was regularised, i is the source's column, j its
+            row and k the plane's place in `planes`.
+        report: what the gate found; `report.planes` are the source's planes in order along the normal.
+        series: where it came from.
+        regularised: whether the grid is not the source's own.
+    """
+
+    volume: Volume
+    report: GeometryReport
+    series: Series
+    regularised: bool
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Return the source's planes in order along the normal, duplicates included."""
+        return self.report.planes
+
+    def to_source(self, labels: NDArray[Scalar]) -> list[NDArray[Scalar]]:
+        """Bring a label map (I, J, K) on the volume's grid to each of `planes`: (rows, columns) each, nearest voxel.
+
+        Without regularising this is the exact identity; after it, each source pixel gets the label of the voxel
+        that its centre lies in.
+
+        Raises:
+            ValueError: `labels` is not on the volume's grid.
+        """
+        if labels.shape != self.volume.shape:
+            raise ValueError(f"expected labels of shape {self.volume.shape}, found {labels.shape}: use the volume's grid")
+        to_voxel = np.linalg.inv(self.volume.affine) @ LPS_TO_RAS
+        return [_sample_plane(labels, to_voxel @ plane.affine, plane) for plane in self.planes]
+
+
+def read_series(series: Series, *, policy: Policy = STRICT) -> DicomVolume:
+    """Read a series through the geometry gate.
+
+    Raises:
+        ScanRefused: the code of the first finding that `policy` refuses, or of a file that cannot be decoded.
+    """
+    report = examine(series.slices, policy=policy)
+    decide(report, policy, series.label)
+    stack = decode([plane.header for plane in report.planes])  # (K, J, I)
+    data = stack.transpose(2, 1, 0)[np.newaxis]  # (1, I, J, K)
+    return DicomVolume(Volume(data, report.affine), report, series, regularised=False)
+
+
+def _sample_plane(labels: NDArray[Scalar], to_voxel: NDArray[np.float64], plane: Plane) -> NDArray[Scalar]:
+    """Return the labels (rows, columns) at the plane's pixel centres; `to_voxel` maps (column, row, 0, 1) to (i, j, k).
+
+    The grid's i, j axes run along the plane's rows and columns, so i depends on the column alone, and so on.
+    """
+    layout = plane.header.layout
+    i, j, k = (
+        np.rint(to_voxel[axis, axis if axis < 2 else 0] * np.arange(count) * (axis < 2) + to_voxel[axis, 3]).astype(int)
+        for axis, count in enumerate((layout.Columns, layout.Rows, 1))
+    )
+    inside: NDArray[Scalar] = labels[np.ix_(i, j, k)][..., 0].T  # (rows, columns)
+    return inside
