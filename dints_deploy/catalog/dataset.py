@@ -1,0 +1,140 @@
+"""A labelled dataset in the layout of the Medical Segmentation Decathlon (MSD), and its five folds.
+
+The hospital that validates an entry on its own labels and the workshop that trains one read the same layout:
+`dataset.json`, `imagesTr/<case>.nii.gz`, `labelsTr/<case>.nii.gz`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from dints_deploy.catalog.strict import read_json
+from dints_deploy.errors import DatasetError, DintsError
+from dints_deploy.imaging.nifti import read_nifti
+from dints_deploy.imaging.volume import Volume
+
+FOLDS: Final = 5
+FOLD_SEED: Final = 12345
+"""The field's usual five folds: scikit-learn's KFold(5, shuffle=True, random_state=12345) over the sorted ids."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled case: its id and its two files."""
+
+    id: str
+    image: Path
+    label: Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled dataset.
+
+    Attributes:
+        name: of the task.
+        root: the folder of `dataset.json`.
+        channels: names of the input channels, in order.
+        labels: label value -> name, background (0) left out.
+        cases: sorted by id.
+    """
+
+    name: str
+    root: Path
+    channels: tuple[str, ...]
+    labels: dict[int, str]
+    cases: tuple[Case, ...]
+
+    def fold(self, number: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+        """Return the training part and the validation part of a fold (0..4).
+
+        Raises:
+            DatasetError: `fold-unknown`.
+        """
+        if not 0 <= number < FOLDS:
+            raise DatasetError("fold-unknown", f"expected a fold from 0 to {FOLDS - 1}, found {number}")
+        if len(self.cases) < FOLDS:
+            raise DatasetError("fold-unknown", f"expected at least {FOLDS} cases for folds, found {len(self.cases)}")
+        order = np.arange(len(self.cases))
+        np.random.RandomState(FOLD_SEED).shuffle(order)
+        held_out = set(np.array_split(order, FOLDS)[number].tolist())
+        training = tuple(c for n, c in enumerate(self.cases) if n not in held_out)
+        validation = tuple(c for n, c in enumerate(self.cases) if n in held_out)
+        return training, validation
+
+
+class _Pair(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    image: str
+    label: str
+
+
+class _DatasetFile(BaseModel):
+    """`dataset.json` as MSD writes it; other people add keys, so unknown ones are not an error."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: str
+    modality: dict[str, str]
+    labels: dict[str, str]
+    training: list[_Pair] = Field(min_length=1)
+
+
+def read_dataset(root: Path) -> Dataset:
+    """Read `dataset.json` under `root` and check that every file it names is there.
+
+    Raises:
+        DatasetError: `dataset-invalid` or `case-invalid`.
+    """
+    if not (root / "dataset.json").is_file():
+        raise DatasetError("dataset-invalid", f"expected an MSD task folder, found no dataset.json in {root}")
+    parsed = read_json(root / "dataset.json", _DatasetFile, DatasetError, "dataset-invalid")
+    cases = sorted((_case(root, pair) for pair in parsed.training), key=lambda case: case.id)
+    if len({case.id for case in cases}) != len(cases):
+        raise DatasetError("dataset-invalid", f"expected distinct case ids in {root / 'dataset.json'}")
+    try:
+        labels = {int(value): name for value, name in sorted(parsed.labels.items()) if int(value) != 0}
+        channels = tuple(parsed.modality[str(n)] for n in range(len(parsed.modality)))
+    except (ValueError, KeyError) as fault:
+        raise DatasetError(
+            "dataset-invalid", f"expected whole numbers as keys in dataset.json, found {fault}"
+        ) from fault
+    return Dataset(parsed.name, root, channels, labels, tuple(cases))
+
+
+def _case(root: Path, pair: _Pair) -> Case:
+    name = PurePosixPath(pair.image).name.removesuffix(".gz").removesuffix(".nii")
+    files = []
+    for kind, relative in (("image", pair.image), ("label", pair.label)):
+        path = root / relative
+        if ".." in PurePosixPath(relative).parts or not path.is_file():
+            raise DatasetError("case-invalid", f"expected the {kind} of case {name} at {path}, found no file")
+        files.append(path)
+    return Case(name, *files)
+
+
+def read_case(case: Case, labels: dict[int, str]) -> tuple[Volume, Volume]:
+    """Read a case's image and label and check that they belong together.
+
+    Raises:
+        DatasetError: `case-invalid`, naming the case.
+    """
+    try:
+        image, label = read_nifti(case.image), read_nifti(case.label)
+    except DintsError as fault:
+        raise DatasetError("case-invalid", f"case {case.id}: {fault.message}") from fault
+    if not image.grid.same_as(label.grid, tolerance_mm=0.01):
+        raise DatasetError(
+            "case-invalid",
+            f"case {case.id}: expected image and label on one grid, found {image.shape} and {label.shape}",
+        )
+    found: set[Any] = set(np.unique(label.data).tolist()) - {0}
+    if not found <= set(labels):
+        raise DatasetError(
+            "case-invalid", f"case {case.id}: expected label values {sorted(labels)}, found {sorted(found)}"
+        )
+    return image, Volume(label.data.astype(np.uint8 if max(labels, default=0) < 256 else np.uint16), label.affine)

@@ -1,0 +1,123 @@
+"""A recipe: everything about one task that a person decides, in one strict TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from dints_deploy.catalog.entry import Accepts, Axis, GeometryPolicy, Label, Postprocess
+from dints_deploy.catalog.preparation import Channel, Preparation, Sizes, Spacing
+from dints_deploy.catalog.strict import Strict, read_toml
+from dints_deploy.errors import DatasetError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Augmentation(Strict):
+    """Probabilities and ranges of the augmentations; a probability of 0 turns one off.
+
+    Attributes:
+        rotation: radians around each axis. scaling: factor 1-s..1+s. translation: voxels.
+        mirror: axes that are flipped at random.
+    """
+
+    affine: Probability = 0.8
+    rotation: NonNegativeFloat = 0.3
+    scaling: NonNegativeFloat = 0.2
+    translation: NonNegativeFloat = 4
+    elastic: Probability = 0.0
+    noise: Probability = 0.15
+    noise_std: NonNegativeFloat = 0.15
+    blur: Probability = 0.15
+    blur_sigma: tuple[float, float] = (0.4, 1.0)
+    low_resolution: Probability = 0.15
+    brightness: Probability = 0.3
+    brightness_range: NonNegativeFloat = 0.25
+    gamma: Probability = 0.3
+    gamma_range: tuple[float, float] = (0.7, 1.5)
+    mirror: tuple[Axis, ...] = ("i", "j", "k")
+
+
+class Retraining(Strict):
+    """How a discrete network is trained.
+
+    Attributes:
+        steps: optimiser steps; the learning rate falls to zero at the last.
+        foreground: share of patches centred on a labelled voxel, where a scan is larger than the window.
+        ema: decay per step of the averaged weights, which are the ones published.
+    """
+
+    steps: PositiveInt
+    batch: PositiveInt = 2
+    learning_rate: PositiveFloat = 2e-3
+    weight_decay: NonNegativeFloat = 1e-2
+    warmup_steps: NonNegativeInt = 100
+    clip_norm: PositiveFloat = 5.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    foreground: Probability = 0.5
+    channel_multiplier: PositiveFloat = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: PositiveInt = 250
+    augmentation: Augmentation = Augmentation()
+
+
+class Recipe(Strict):
+    """One task: what comes in, what comes out, how it is trained."""
+
+    schema_version: Literal[1]
+    task: str
+    title: str
+    intended_use: str
+    not_for: str
+    licence: str
+    channels: tuple[Channel, ...] = Field(min_length=1)
+    labels: tuple[Label, ...] = Field(min_length=1)
+    spacing: Spacing | None
+    window: Sizes
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    tta: tuple[Axis, ...] = ()
+    accepts: Accepts
+    geometry: GeometryPolicy = GeometryPolicy()
+    postprocess: Postprocess = Postprocess()
+    retraining: Retraining
+
+    @property
+    def preparation(self) -> Preparation:
+        """Return how a scan becomes network input."""
+        return Preparation(channels=self.channels, spacing=self.spacing, window=self.window)
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Return label value -> name."""
+        return {label.value: label.name for label in self.labels}
+
+
+def recipe_folder() -> Path:
+    """Return where the recipes lie: inside the installed package, or in the checkout."""
+    installed = Path(__file__).parent / "_recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def find_recipe(task: str) -> Recipe:
+    """Return the recipe of a task by number (4, 04), name (hippocampus) or full name (Task04_Hippocampus), or by path.
+
+    Raises:
+        DatasetError: `recipe-invalid`, listing the tasks there are.
+    """
+    if task.endswith(".toml"):
+        return read_recipe(Path(task))
+    files = sorted(recipe_folder().glob("*.toml"))
+    wanted = task.lower()
+    for path in files:
+        number, _, name = path.stem.removeprefix("task").partition("_")
+        if wanted in (path.stem, f"task{number}_{name}", name, number, number.lstrip("0")):
+            return read_recipe(path)
+    known = ", ".join(path.stem for path in files)
+    raise DatasetError("recipe-invalid", f"expected a task with a recipe ({known}), found {task!r}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file; raise `DatasetError` (`recipe-invalid`) with the dotted path of each fault."""
+    return read_toml(path, Recipe, DatasetError, "recipe-invalid")

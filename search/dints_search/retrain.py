@@ -1,0 +1,202 @@
+"""Retrain a discrete network on one fold's training part: AdamW, Dice + cross-entropy, a schedule that ends at zero.
+
+No choice is made on the fold's validation part: there is no early stopping and no best checkpoint; the averaged (EMA)
+weights after the last step are the ones published. A run resumes bit-exactly on a CPU at an equal number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.losses import DiceCELoss
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from dints_deploy.catalog.dataset import Dataset
+from dints_deploy.files import replacing
+from dints_search.augment import Augmenter
+from dints_search.checkpoint import load_checkpoint, save_checkpoint
+from dints_search.dataset import Patches, load_cases
+from dints_search.genotype import Genotype
+from dints_search.recipe import Recipe, Retraining
+from dints_search.run import build_network, configure, open_run
+
+LOG_EVERY = 25
+"""Steps between two lines of metrics.jsonl."""
+
+Report = Callable[[int, float, float], None]
+"""Called after every step with (step, loss, learning rate)."""
+
+
+@dataclass
+class State:
+    """What training changes: the step, the weights, their average and the optimiser's moments."""
+
+    network: nn.Module
+    average: nn.Module
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def save(self, path: Path, configuration: str) -> None:
+        """Write the state durably."""
+        save_checkpoint(
+            path,
+            {
+                "configuration": configuration,
+                "step": self.step,
+                "network": self.network.state_dict(),
+                "average": self.average.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "losses": self.losses,
+            },
+        )
+
+    def load(self, path: Path, configuration: str) -> None:
+        """Continue from a checkpoint of the same configuration."""
+        saved = load_checkpoint(path, configuration)
+        self.network.load_state_dict(saved["network"])
+        self.average.load_state_dict(saved["average"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.step, self.losses = saved["step"], saved["losses"]
+
+
+def retrain(
+    recipe: Recipe,
+    genotype: Genotype,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    fold: int,
+    seed: int = 0,
+    resume: bool = False,
+    device: str = "cpu",
+    report: Report = lambda step, loss, rate: None,
+) -> Path:
+    """Train the genotype's network on the training part of `fold` and return the path of its averaged weights.
+
+    Raises:
+        DatasetError: a bad case, another configuration in `folder`, or a damaged checkpoint.
+    """
+    settings = recipe.retraining
+    training, _ = dataset.fold(fold)
+    config = configure(recipe, genotype, training, fold=fold, seed=seed)
+    open_run(folder, config, genotype, resume=resume)
+    torch.manual_seed(seed)
+    state = start(build_network(config, genotype).to(device), settings)
+    checkpoint, configuration = folder / "checkpoint.pt", config.digest()
+    if checkpoint.exists():
+        state.load(checkpoint, configuration)
+    cases = load_cases(training, recipe.preparation, recipe.label_names)
+    patches = Patches(
+        cases,
+        window=recipe.window,
+        foreground=settings.foreground,
+        augmenter=Augmenter(settings.augmentation),
+        seed=seed,
+        length=settings.steps * settings.batch,
+    )
+    for image, label in batches(patches, settings.batch, first=state.step):
+        loss, rate = train_step(state, image.to(device), label.to(device), settings)
+        report(state.step, loss, rate)
+        if state.step % LOG_EVERY == 0:
+            _log(folder, state, rate)
+        if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
+            state.save(checkpoint, configuration)
+    return _finish(folder, state.average)
+
+
+def start(network: nn.Module, settings: Retraining) -> State:
+    """Return the state before the first step."""
+    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    average = deepcopy(network).eval().requires_grad_(False)
+    return State(network, average, optimiser)
+
+
+class _From(Sampler[int]):
+    """Indices first .. length - 1, so that a resumed run continues where it stopped."""
+
+    def __init__(self, first: int, length: int) -> None:
+        self.first, self.length = first, length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.length))
+
+    def __len__(self) -> int:
+        return self.length - self.first
+
+
+def batches(patches: Patches, batch: int, *, first: int, workers: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches from step `first` on: image (N, C, I, J, K), label (N, 1, I, J, K)."""
+    sampler = _From(first * batch, len(patches))
+    loader = DataLoader(patches, batch, sampler=sampler, num_workers=workers, prefetch_factor=8 if workers else None)
+    yield from loader
+
+
+LOSS = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+"""Dice over the batch without the background, plus cross-entropy over all classes. No deep supervision: DiNTS has none,
+and its multi-resolution blocks carry gradients to every level anyway."""
+
+
+def train_step(state: State, image: Tensor, label: Tensor, settings: Retraining) -> tuple[float, float]:
+    """Do one optimiser step and update the average; return the loss and the learning rate."""
+    rate = learning_rate(state.step, settings)
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate
+    state.network.train()
+    with autocast(image.device.type, settings.precision):
+        logits = state.network(image)  # (N, classes, I, J, K)
+    loss: Tensor = LOSS(logits.float(), label)
+    state.optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(state.network.parameters(), settings.clip_norm)
+    state.optimiser.step()
+    state.step += 1
+    state.losses = [*state.losses[1 - LOG_EVERY :], loss.item()]
+    _average(state, settings.ema)
+    return state.losses[-1], rate
+
+
+def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
+    """Return the mixed-precision context of a precision: bf16 autocast, or none for fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device, torch.bfloat16)
+
+
+def learning_rate(step: int, settings: Retraining) -> float:
+    """Return the rate of a step: linear warm-up, then a half cosine that reaches zero after the last step."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def _average(state: State, decay: float) -> None:
+    decay = min(decay, state.step / (state.step + 10))  # a short memory first, so that the start is forgotten
+    ours = list(state.average.parameters())
+    theirs = [p.detach() for p in state.network.parameters()]
+    torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+
+def _log(folder: Path, state: State, rate: float) -> None:
+    mean = sum(state.losses) / len(state.losses)
+    line = {"step": state.step, "loss": round(mean, 6), "learning_rate": rate, "time": round(time.time(), 1)}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _finish(folder: Path, average: nn.Module) -> Path:
+    path = folder / "weights.safetensors"
+    with replacing(path) as partial:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}, partial)
+    return path
