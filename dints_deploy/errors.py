@@ -82,6 +82,7 @@ REASONS: Final[dict[str, str]] = {
     "dicom-syntax": "the transfer syntax is unknown, or no decoder for it is installed",
     "dicom-truncated": "the file ends before its pixels do",
     "dicom-pixels": "the pixel data cannot be decoded, or is not what the header says",
+    "dicom-excess-pixels": "the pixel data is longer than rows, columns and frames say",
     "dicom-photometric": "the pixels are not grey values",
     "dicom-monochrome1": "the grey values are stored inverted (MONOCHROME1)",
     "dicom-rescale": "the rescale slope or intercept is missing, zero or not a number",
