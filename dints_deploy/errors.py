@@ -69,6 +69,7 @@ REASONS: Final[dict[str, str]] = {
     "dicom-mixed-orientation": "the slices differ in orientation",
     "dicom-mixed-spacing": "the slices differ in pixel spacing",
     "dicom-mixed-pixels": "the slices differ in photometric interpretation or samples",
+    "dicom-mixed-bits": "the slices differ in bits or sign of their pixels",
     "dicom-too-few-slices": "the series has fewer slices than a volume needs",
     "dicom-duplicate-position": "several slices lie at the same position",
     "dicom-missing-slice": "slices are missing: a step is a multiple of the others",
