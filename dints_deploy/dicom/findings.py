@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -57,16 +58,24 @@ _TILT = Kind(Severity.REFUSAL, Action.REFUSE, frozenset(Action))
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
+        # a file that is, or may be, part of the series
+        "dicom-corrupt": _ACCEPTABLE,
+        "dicom-truncated": _ACCEPTABLE,
+        "dicom-too-large": _ACCEPTABLE,
+        "dicom-pixels": _ACCEPTABLE,
+        "dicom-syntax": _FATAL,
+        "dicom-attribute": _FATAL,
+        "scan-missing": _ACCEPTABLE,
+        "dicom-copied-file": _NOTE,
+        "dicom-duplicate-uid": _FATAL,
         # the series as a whole
+        "dicom-no-images": _FATAL,
         "dicom-sop-class": _FATAL,
         "dicom-localizer": _FATAL,
         "dicom-mosaic": _FATAL,
         "dicom-several-volumes": _FATAL,
-        "dicom-copied-file": _NOTE,
-        "dicom-duplicate-uid": _FATAL,
         "dicom-lossy": _WARNING,
         # one plane
-        "dicom-attribute": _FATAL,
         "dicom-orientation": _FATAL,
         "dicom-spacing": _FATAL,
         "dicom-position": _FATAL,
@@ -77,6 +86,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "dicom-mixed-orientation": _FATAL,
         "dicom-mixed-spacing": _FATAL,
         "dicom-mixed-pixels": _FATAL,
+        "dicom-mixed-bits": _NOTE,
         "dicom-too-few-slices": _ACCEPTABLE,
         "dicom-duplicate-position": _FATAL,
         "dicom-missing-slice": _REGULAR,
@@ -93,6 +103,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "dicom-rescale-varies": _NOTE,
         "dicom-modality-lut": _FATAL,
         "dicom-padding": _NOTE,
+        "dicom-excess-pixels": _ACCEPTABLE,
     }
 )
 """Every finding about a series, each also a reason code of `errors.REASONS`."""
@@ -106,13 +117,15 @@ class Finding:
         code: a reason code.
         severity: how grave it is.
         message: one sentence without patient identifiers: expected, found, what to do.
-        slices: the planes concerned, as positions in the order along the normal (or of the files where there is none).
+        slices: the planes concerned, as positions in the order along the normal (or of the series where there is none).
+        path: the file concerned; never part of the message, as names of files may identify a patient.
     """
 
     code: str
     severity: Severity
     message: str
     slices: tuple[int, ...] = ()
+    path: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.message} [{self.code}]"

@@ -14,27 +14,34 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 @dataclass(frozen=True)
 class PixelLayout:
-    """How the pixels of one file are stored (PS3.3 C.7.6.3, PS3.5 section 8).
+    """How the pixels of one file are stored (PS3.3 C.7.6.3, PS3.5 section 8). Zero or empty: missing from the header.
 
     Attributes:
-        offset: where in the file the pixel data element starts (for a deflated file: in the inflated data set).
+        vr: value representation of the pixel element; empty where there is none.
+        offset: where the element's value starts, in the file or in the inflated data set of a deflated file.
+        length: bytes of the value as the header says; -1 for encapsulated frames.
+        available: bytes from `offset` to the end of the file; -1 in a deflated file.
     """
 
     TransferSyntaxUID: str
-    Rows: int
-    Columns: int
-    NumberOfFrames: int
-    SamplesPerPixel: int
-    BitsAllocated: int
-    BitsStored: int
-    PixelRepresentation: int
-    PhotometricInterpretation: str
-    offset: int
+    Rows: int = 0
+    Columns: int = 0
+    NumberOfFrames: int = 1
+    SamplesPerPixel: int = 1
+    BitsAllocated: int = 0
+    BitsStored: int = 0
+    HighBit: int = 0
+    PixelRepresentation: int = 0
+    PhotometricInterpretation: str = ""
+    vr: str = ""
+    offset: int = 0
+    length: int = 0
+    available: int = 0
 
     @property
-    def frame_pixels(self) -> int:
-        """Return the number of pixels of one frame."""
-        return self.Rows * self.Columns
+    def frame_bytes(self) -> int:
+        """Return the bytes of one frame as it is stored without compression."""
+        return self.Rows * self.Columns * self.SamplesPerPixel * self.BitsAllocated // 8
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,13 @@ class SliceHeader:
     Attributes:
         path: the file.
         frame: 0-based frame in the file.
-        PixelSpacing: mm between rows, then between columns (PS3.3 10.7.1.3).
         ImageOrientationPatient: LPS cosines of a row (towards higher columns), then of a column (PS3.3 C.7.6.2.1.1).
         ImagePositionPatient: LPS mm of the centre of the first pixel.
-        stack: whatever separates the volumes of one series (acquisition, echo, time, b-value, stack id).
+        PixelSpacing: mm between rows, then between columns (PS3.3 10.7.1.3).
+        modality_lut: whether values go through a Modality LUT Sequence (PS3.3 C.11.1).
+        lossy: whether the pixels ever went through lossy compression.
+        volume_of: what separates the volumes of one series (acquisition, echo, time, b-value, stack, image type).
+        invalid: keywords of attributes that are there and make no sense.
     """
 
     path: Path
@@ -55,8 +65,10 @@ class SliceHeader:
     layout: PixelLayout
     SOPInstanceUID: str
     SOPClassUID: str
+    Modality: str = ""
     InstanceNumber: int | None = None
-    FrameOfReferenceUID: str | None = None
+    FrameOfReferenceUID: str = ""
+    ImageType: tuple[str, ...] = ()
     ImageOrientationPatient: tuple[float, ...] | None = None
     ImagePositionPatient: tuple[float, ...] | None = None
     PixelSpacing: tuple[float, ...] | None = None
@@ -68,9 +80,8 @@ class SliceHeader:
     modality_lut: bool = False
     PixelPaddingValue: int | None = None
     PixelPaddingRangeLimit: int | None = None
-    ImageType: tuple[str, ...] = ()
     lossy: bool = False
-    stack: tuple[str, ...] = ()
+    volume_of: tuple[tuple[str, str], ...] = ()
     invalid: tuple[str, ...] = ()
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits
+from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.findings import STRICT, Policy
 from dints_deploy.dicom.gate import GeometryReport, decide, examine
 from dints_deploy.dicom.header import LPS_TO_RAS, Plane
 from dints_deploy.dicom.pixels import decode
+from dints_deploy.dicom.regular import regular_grid, regularise
 from dints_deploy.dicom.series import Series
+from dints_deploy.errors import ScanRefused
 from dints_deploy.imaging.volume import Volume
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -50,22 +54,43 @@ class DicomVolume:
             ValueError: `labels` is not on the volume's grid.
         """
         if labels.shape != self.volume.shape:
-            raise ValueError(f"expected labels of shape {self.volume.shape}, found {labels.shape}: use the volume's grid")
+            raise ValueError(
+                f"expected labels of shape {self.volume.shape}, found {labels.shape}: use the volume's grid"
+            )
         to_voxel = np.linalg.inv(self.volume.affine) @ LPS_TO_RAS
         return [_sample_plane(labels, to_voxel @ plane.affine, plane) for plane in self.planes]
 
 
-def read_series(series: Series, *, policy: Policy = STRICT) -> DicomVolume:
+def read_series(
+    series: Series, *, policy: Policy = STRICT, limits: Limits = DEFAULT_LIMITS, decoders: Decoders | None = None
+) -> DicomVolume:
     """Read a series through the geometry gate.
+
+    Args:
+        decoders: processes for compressed pixels that outlive this call; without, some are started for it.
 
     Raises:
         ScanRefused: the code of the first finding that `policy` refuses, or of a file that cannot be decoded.
     """
-    report = examine(series.slices, policy=policy)
-    decide(report, policy, series.label)
-    stack = decode([plane.header for plane in report.planes])  # (K, J, I)
+    report = report_on(series, policy=policy)
+    regularising = decide(report.findings, policy, series.label)
+    try:
+        stack = decode([plane.header for plane in report.planes], limits=limits, decoders=decoders)  # (K, J, I)
+        grid = regular_grid(report) if regularising else report.grid
+        if grid is None:
+            raise ScanRefused("dicom-attribute", "expected a SliceThickness of the only slice, found none")
+        if regularising:
+            stack = regularise(stack, report, grid, limits=limits)
+    except ScanRefused as refused:
+        raise ScanRefused(refused.code, f"series {series.label}: {refused.message}") from refused
     data = stack.transpose(2, 1, 0)[np.newaxis]  # (1, I, J, K)
-    return DicomVolume(Volume(data, report.affine), report, series, regularised=False)
+    return DicomVolume(Volume(data, grid.affine), report, series, regularised=bool(regularising))
+
+
+def report_on(series: Series, *, policy: Policy = STRICT) -> GeometryReport:
+    """Return the gate's report on a series, with what was found about its files first."""
+    report = examine(series.slices, policy=policy)
+    return replace(report, findings=(*series.findings, *report.findings))
 
 
 def _sample_plane(labels: NDArray[Scalar], to_voxel: NDArray[np.float64], plane: Plane) -> NDArray[Scalar]:

@@ -1,89 +1,218 @@
-"""Collect files into series."""
+"""Collect a folder, a zip or a list of files into series. Damaged files become findings, not crashes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections import defaultdict
-from dataclasses import dataclass
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pydicom
-from pydicom.errors import InvalidDicomError
+from dints_deploy.dicom.archive import is_zip, unpack
+from dints_deploy.dicom.attributes import Attributes
+from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, RawHeader, open_regular, read_header
+from dints_deploy.dicom.findings import Finding, Severity, finding
+from dints_deploy.dicom.header import SliceHeader
+from dints_deploy.dicom.parse import parse
+from dints_deploy.errors import ScanRefused, UsageError
+from dints_deploy.files import sha256_file
 
-from dints_deploy.dicom.findings import Finding
-from dints_deploy.dicom.header import PixelLayout, SliceHeader
+NOT_A_SCAN = frozenset({"dicom-not-dicom", "dicom-not-a-file", "scan-empty"})
+"""Files that are passed over: they are no damaged part of a series."""
+
+DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
+"""Media Storage Directory Storage: an index, not part of a series."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One series of a study, as its headers tell.
+    """One series of a study, as its headers tell. Attribute names are DICOM keywords where they are verbatim.
 
     Attributes:
-        slices: one per image plane (a multi-frame file gives several), by file name and frame.
-        findings: files of the series that could not be used.
+        contrast: whether a contrast agent is named.
+        slices: one per image plane (a multi-frame file gives several), by instance number, file and frame.
+        objects: number of files, image planes or not.
+        findings: files of the series that could not be used, and why.
     """
 
     StudyInstanceUID: str
     SeriesInstanceUID: str
-    Modality: str
-    SeriesDescription: str
-    SeriesNumber: int | None
-    slices: tuple[SliceHeader, ...]
+    Modality: str = ""
+    SeriesDescription: str = ""
+    SeriesNumber: int | None = None
+    BodyPartExamined: str = ""
+    SOPClassUID: str = ""
+    contrast: bool = False
+    slices: tuple[SliceHeader, ...] = ()
+    objects: int = 0
     findings: tuple[Finding, ...] = ()
 
     @property
     def label(self) -> str:
         """Return a short hash of the SeriesInstanceUID: the only name of a series in messages and logs."""
-        return hashlib.sha256(self.SeriesInstanceUID.encode()).hexdigest()[:10]
+        return short_hash(self.SeriesInstanceUID)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Return the files, each once, in the order of the slices."""
+        """Return the files that hold its planes, each once, in the order of `slices`."""
         return tuple(dict.fromkeys(header.path for header in self.slices))
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was found in a folder, a zip or a list of files; usually one study, but nothing depends on that."""
+    """What was found in one source; usually one study, but nothing depends on that.
+
+    Attributes:
+        series: by series number, then label.
+        findings: files that belong to no series, and why.
+    """
 
     series: tuple[Series, ...]
     findings: tuple[Finding, ...] = ()
 
 
-def collect(source: Path) -> Study:
-    """Group the DICOM files under `source` into series."""
-    groups: dict[str, list[SliceHeader]] = defaultdict(list)
-    about = {}
-    for path in sorted(source.rglob("*")):
-        if not path.is_file():
-            continue
-        try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=True)
-        except InvalidDicomError:
-            continue
-        about[dataset.SeriesInstanceUID] = dataset
-        groups[dataset.SeriesInstanceUID].append(_header(path, dataset))
-    return Study(tuple(_series(about[uid], slices) for uid, slices in groups.items()))
+@dataclass
+class _Group:
+    """A series while its files come in."""
+
+    about: Series
+    slices: list[SliceHeader] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    instances: dict[str, Path] = field(default_factory=dict)
+    folders: set[Path] = field(default_factory=set)
+    objects: int = 0
 
 
-def _series(dataset: pydicom.Dataset, slices: list[SliceHeader]) -> Series:
-    description = str(dataset.get("SeriesDescription", ""))
-    number = dataset.get("SeriesNumber")
+def short_hash(uid: str) -> str:
+    """Return ten hex digits that stand for a UID in messages and logs."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:10]
+
+
+@contextlib.contextmanager
+def opened(source: Path | Sequence[Path], *, limits: Limits = DEFAULT_LIMITS) -> Iterator[Study]:
+    """Collect `source`; what a zip unpacks to is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="dints-deploy-") as scratch:
+        yield collect(source, scratch=Path(scratch), limits=limits)
+
+
+def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limits: Limits = DEFAULT_LIMITS) -> Study:
+    """Group the DICOM files of a folder (links not followed), a zip, one file or a list of files into series.
+
+    Args:
+        scratch: an empty folder that a zip is unpacked to; it must live as long as the series are read.
+
+    Raises:
+        ScanRefused: `scan-missing`, `dicom-archive`, `dicom-too-large` for the source as a whole, `dicom-no-images`
+            where no file is DICOM. Everything about single files is a finding.
+    """
+    groups: dict[str, _Group] = {}
+    findings: list[Finding] = []
+    with warnings.catch_warnings():  # pydicom warns about odd values, and quotes them: they may identify a patient
+        warnings.simplefilter("ignore")
+        for path in _files(source, scratch, limits):
+            try:
+                _add(groups, path, read_header(path, limits=limits), limits)
+            except ScanRefused as refused:
+                findings.append(_file_finding(refused, path))
+    if not groups and not any(item.severity is Severity.REFUSAL for item in findings):
+        raise ScanRefused("dicom-no-images", "expected DICOM files, found none: name the folder of the series")
+    damaged = [item for item in findings if item.severity is Severity.REFUSAL]
+    series = [_close(group, damaged) for group in groups.values()]
+    series.sort(key=lambda one: (one.SeriesNumber is None, one.SeriesNumber or 0, one.label))
+    return Study(tuple(series), tuple(findings))
+
+
+def _files(source: Path | Sequence[Path], scratch: Path | None, limits: Limits) -> list[Path]:
+    """Return the files of a source, sorted, without following links below it."""
+    if not isinstance(source, Path):
+        return list(source)
+    if not source.is_dir():
+        target = source.resolve()  # the source itself was named by the user: a link to it is meant
+        if not is_zip(target):
+            return [target]
+        if scratch is None:
+            raise UsageError("usage", "expected a scratch folder to unpack a zip into: give scratch, or use opened()")
+        return list(unpack(target, scratch, limits=limits))
+    files: list[Path] = []
+    for folder, folders, names in os.walk(source, onerror=_unreadable):
+        folders.sort()
+        files += [Path(folder) / name for name in sorted(names)]
+        if len(files) > limits.files:
+            raise ScanRefused("dicom-too-large", f"expected at most {limits.files} files, found more: name one study")
+    return files
+
+
+def _unreadable(error: OSError) -> None:
+    reason = error.strerror or type(error).__name__
+    raise ScanRefused("scan-missing", f"expected a readable folder, found: {reason}: check its rights") from error
+
+
+def _file_finding(refused: ScanRefused, path: Path) -> Finding:
+    severity = Severity.NOTE if refused.code in NOT_A_SCAN else Severity.REFUSAL
+    return Finding(refused.code, severity, refused.message, path=path)
+
+
+def _add(groups: dict[str, _Group], path: Path, raw: RawHeader, limits: Limits) -> None:
+    """Add a file to its series; raise `ScanRefused` where it has none."""
+    read = Attributes([raw.dataset])
+    uid = read.text("SeriesInstanceUID")
+    if not uid:
+        if read.text("DirectoryRecordSequence") or read.text("FileSetID"):
+            raise ScanRefused("dicom-not-dicom", "found a DICOMDIR, an index of other files: passed over")
+        raise ScanRefused("dicom-attribute", "expected a SeriesInstanceUID, found none: repair the header")
+    group = groups.setdefault(uid, _Group(_about(read, uid)))
+    group.objects += 1
+    group.folders.add(path.parent)
+    try:
+        planes = parse(path, raw, limits=limits)
+    except ScanRefused as refused:
+        group.findings.append(_file_finding(refused, path))
+        return
+    if not planes:
+        group.findings.append(_with_path("dicom-sop-class", "expected images of slices, found another object", path))
+        return
+    first = group.instances.setdefault(planes[0].SOPInstanceUID, path)
+    if first is not path:
+        group.findings.append(_same_instance(first, path))
+        return
+    group.slices += planes
+
+
+def _about(read: Attributes, uid: str) -> Series:
     return Series(
-        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.Modality, description, number, tuple(slices)
+        StudyInstanceUID=read.text("StudyInstanceUID"),
+        SeriesInstanceUID=uid,
+        Modality=read.text("Modality").upper(),
+        SeriesDescription=read.text("SeriesDescription"),
+        SeriesNumber=read.integer("SeriesNumber", low=-(2**31), high=2**31),
+        BodyPartExamined=read.text("BodyPartExamined").upper(),
+        SOPClassUID=read.text("SOPClassUID"),
+        contrast=bool(read.text("ContrastBolusAgent") or read.items("ContrastBolusAgentSequence")),
     )
 
 
-def _header(path: Path, dataset: pydicom.FileDataset) -> SliceHeader:
-    layout = PixelLayout(
-        dataset.file_meta.TransferSyntaxUID, dataset.Rows, dataset.Columns, int(dataset.get("NumberOfFrames", 1)),
-        dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored, dataset.PixelRepresentation,
-        dataset.PhotometricInterpretation, 0,
-    )  # fmt: skip
-    return SliceHeader(
-        path, 0, layout, dataset.SOPInstanceUID, dataset.SOPClassUID,
-        ImageOrientationPatient=tuple(float(x) for x in dataset.ImageOrientationPatient),
-        ImagePositionPatient=tuple(float(x) for x in dataset.ImagePositionPatient),
-        PixelSpacing=tuple(float(x) for x in dataset.PixelSpacing),
-        RescaleSlope=float(dataset.get("RescaleSlope", 1)), RescaleIntercept=float(dataset.get("RescaleIntercept", 0)),
-    )  # fmt: skip
+def _with_path(code: str, message: str, path: Path) -> Finding:
+    return replace(finding(code, message), path=path)
+
+
+def _same_instance(first: Path, second: Path) -> Finding:
+    """Tell a second copy of a file from another image with the same UID."""
+    if _digest(first) == _digest(second):
+        return _with_path("dicom-copied-file", "the same instance lies there twice: the copy is left out", second)
+    message = "expected one image for each SOPInstanceUID, found two that differ: keep the right one"
+    return _with_path("dicom-duplicate-uid", message, second)
+
+
+def _digest(path: Path) -> str:
+    open_regular(path).close()
+    return sha256_file(path)
+
+
+def _close(group: _Group, damaged: Sequence[Finding]) -> Series:
+    """Return the finished series; a damaged file in one of its folders may be one of its slices."""
+    near = [item for item in damaged if item.path is not None and item.path.parent in group.folders]
+    slices = sorted(group.slices, key=lambda one: (one.InstanceNumber is None, one.InstanceNumber or 0, one.frame))
+    return replace(group.about, slices=tuple(slices), objects=group.objects, findings=(*group.findings, *near))
