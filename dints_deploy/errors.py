@@ -39,6 +39,7 @@ REASONS: Final[dict[str, str]] = {
     "scan-looks-like-labels": "the voxels look like a label image, not like a scan",
     "scan-channels": "the number or the names of the channels are not the entry's",
     "frame-mismatch": "the channels of one case lie on different grids",
+    "scan-modality": "the scan's modality is not one that the entry accepts",
     "scan-extent": "the scan's physical size is outside what the entry accepts",
     "scan-spacing": "the scan's voxel spacing is outside what the entry accepts",
     "scan-shape": "an axis of the scan has fewer voxels than the entry accepts",
@@ -50,6 +51,7 @@ REASONS: Final[dict[str, str]] = {
     "dicom-archive": "the zip is damaged, nested, encrypted, holds links, or names a path outside itself",
     "dicom-too-large": "a file, an archive or a header claims more than the limit",
     "dicom-copied-file": "the same instance lies there twice; the second copy is left out",
+    "dicom-no-uid": "the files carry no SeriesInstanceUID",
     "dicom-duplicate-uid": "two different instances carry the same SOPInstanceUID",
     # DICOM: the series
     "dicom-sop-class": "the objects are not images of slices",
