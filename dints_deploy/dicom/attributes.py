@@ -39,6 +39,10 @@ class Attributes:
         value = self.value(keyword)
         return "" if value is None else " ".join(str(value).split())
 
+    def first_text(self, *keywords: str) -> str:
+        """Return the text of the first keyword that has one."""
+        return next((text for text in map(self.text, keywords) if text), "")
+
     def texts(self, keyword: str) -> tuple[str, ...]:
         """Return a multi-valued text, upper case."""
         value = self.value(keyword)

@@ -7,7 +7,7 @@ import os
 import stat
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -68,6 +68,7 @@ class RawHeader:
 
     Attributes:
         dataset: the elements before the pixel data.
+        meta: the file meta information (PS3.10 7.1).
         TransferSyntaxUID: of the data set (PS3.10 7.1).
         pixel_tag: tag of the pixel element, 0 where there is none.
         pixel_offset: where the value of the pixel element starts, in the file or in the inflated data set.
@@ -77,6 +78,7 @@ class RawHeader:
     """
 
     dataset: Dataset
+    meta: Dataset
     TransferSyntaxUID: str
     pixel_tag: int = 0
     pixel_offset: int = 0
@@ -158,28 +160,33 @@ def _parse(start: bytes, *, size: int, window: int) -> RawHeader:
     little = syntax != ExplicitVRBigEndian
     dataset = read_dataset(buffer, syntax == ImplicitVRLittleEndian, little, stop_when=_is_pixel_data)
     implicit = bool(dataset.original_encoding[0])  # what the bytes are, where the meta information lies about it
-    return _pixel_element(dataset, syntax, buffer, implicit=implicit, order="<" if little else ">", size=size)
+    header = RawHeader(dataset, meta, syntax)
+    return _pixel_element(header, buffer, implicit=implicit, order="<" if little else ">", size=size)
 
 
 def _is_pixel_data(tag: BaseTag, vr: str | None, length: int) -> bool:
     return tag in PIXEL_TAGS
 
 
-def _pixel_element(
-    dataset: Dataset, syntax: str, buffer: io.BytesIO, *, implicit: bool, order: str, size: int
-) -> RawHeader:
-    """Read the tag, VR and length that `buffer` stands at (PS3.5 7.1)."""
+def _pixel_element(header: RawHeader, buffer: io.BytesIO, *, implicit: bool, order: str, size: int) -> RawHeader:
+    """Add the tag, VR and length that `buffer` stands at (PS3.5 7.1); none of them where it is at its end."""
     lead = buffer.read(8 if implicit else 12)
     if len(lead) < (8 if implicit else 12):
-        return RawHeader(dataset, syntax)
+        return header
     group, element = struct.unpack(f"{order}HH", lead[:4])
     tag = (group << 16) | element
     if tag not in PIXEL_TAGS:
-        return RawHeader(dataset, syntax)
+        return header
     (length,) = struct.unpack(f"{order}L", lead[-4:])
-    vr = "OW" if implicit else lead[4:6].decode("ascii", "replace")
     offset = buffer.tell()
-    return RawHeader(dataset, syntax, tag, offset, length, vr, size - offset if size >= 0 else -1)
+    return replace(
+        header,
+        pixel_tag=tag,
+        pixel_offset=offset,
+        pixel_length=length,
+        pixel_vr="OW" if implicit else lead[4:6].decode("ascii", "replace"),
+        available=size - offset if size >= 0 else -1,
+    )
 
 
 def inflate(path: Path, count: int) -> bytes:

@@ -59,6 +59,9 @@ _TILT = Kind(Severity.REFUSAL, Action.REFUSE, frozenset(Action))
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
         # a file that is, or may be, part of the series
+        "dicom-not-a-file": _NOTE,
+        "dicom-not-dicom": _NOTE,
+        "scan-empty": _NOTE,
         "dicom-corrupt": _ACCEPTABLE,
         "dicom-truncated": _ACCEPTABLE,
         "dicom-too-large": _ACCEPTABLE,
@@ -69,6 +72,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "dicom-copied-file": _NOTE,
         "dicom-duplicate-uid": _FATAL,
         # the series as a whole
+        "dicom-no-uid": _WARNING,
         "dicom-no-images": _FATAL,
         "dicom-sop-class": _FATAL,
         "dicom-localizer": _FATAL,
@@ -106,7 +110,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "dicom-excess-pixels": _ACCEPTABLE,
     }
 )
-"""Every finding about a series, each also a reason code of `errors.REASONS`."""
+"""Every finding about a series or its files, each also a reason code of `errors.REASONS`."""
 
 
 @dataclass(frozen=True)

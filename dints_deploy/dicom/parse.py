@@ -28,11 +28,14 @@ SLICE_CLASSES: Final = {
 }
 """SOP classes whose planes have a place in the patient (PS3.4 B.5)."""
 
-PIXEL_VALUE_GROUPS: Final = ("PixelValueTransformationSequence",)
+CLASS_KEYS: Final = ("SOPClassUID", "MediaStorageSOPClassUID")
+INSTANCE_KEYS: Final = ("SOPInstanceUID", "MediaStorageSOPInstanceUID")
+"""An attribute, and where the file meta information repeats it (PS3.10 7.1): some anonymisers empty the first only."""
+
 PLANE_GROUPS: Final = (
-    "PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence", *PIXEL_VALUE_GROUPS,
-    "FrameContentSequence", "MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence",
-    "MREchoSequence", "MRDiffusionSequence", "CardiacSynchronizationSequence", "FrameVOILUTSequence",
+    "PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence",
+    "PixelValueTransformationSequence", "FrameContentSequence", "MRImageFrameTypeSequence", "CTImageFrameTypeSequence",
+    "PETFrameTypeSequence", "MREchoSequence", "MRDiffusionSequence", "CardiacSynchronizationSequence",
 )  # fmt: skip
 """Functional group macros (PS3.3 C.7.6.16.2) whose attributes a plane needs."""
 
@@ -50,13 +53,14 @@ def parse(path: Path, raw: RawHeader, *, limits: Limits = DEFAULT_LIMITS) -> tup
     Raises:
         ScanRefused: `dicom-truncated`, `dicom-too-large`, `dicom-attribute`, `dicom-pixels`: the file as a whole.
     """
-    whole = Attributes([raw.dataset])
-    if whole.text("SOPClassUID") not in SLICE_CLASSES:
+    whole = Attributes([raw.dataset, raw.meta])
+    if whole.first_text(*CLASS_KEYS) not in SLICE_CLASSES:
         return ()
     layout = check_layout(_layout(whole, raw, limits), limits=limits)
     shared, per_frame = _functional_groups(whole, layout.NumberOfFrames)
     frames = range(layout.NumberOfFrames)
-    sets = [[*per_frame[frame], *shared, raw.dataset] if per_frame else [raw.dataset] for frame in frames]
+    rest = [*shared, raw.dataset, raw.meta]
+    sets = [[*per_frame[frame], *rest] if per_frame else rest for frame in frames]
     planes = tuple(_plane(path, frame, layout, Attributes(sets[frame])) for frame in frames)
     return tuple(replace(plane, invalid=(*whole.invalid, *plane.invalid)) for plane in planes)
 
@@ -150,8 +154,8 @@ def _plane(path: Path, frame: int, layout: PixelLayout, read: Attributes) -> Sli
         path=path,
         frame=frame,
         layout=layout,
-        SOPInstanceUID=read.text("SOPInstanceUID"),
-        SOPClassUID=read.text("SOPClassUID"),
+        SOPInstanceUID=read.first_text(*INSTANCE_KEYS),
+        SOPClassUID=read.first_text(*CLASS_KEYS),
         Modality=read.text("Modality"),
         InstanceNumber=read.integer("InstanceNumber", low=-(2**31), high=2**31),
         FrameOfReferenceUID=read.text("FrameOfReferenceUID"),

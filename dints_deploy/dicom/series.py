@@ -16,15 +16,16 @@ from dints_deploy.dicom.attributes import Attributes
 from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, RawHeader, open_regular, read_header
 from dints_deploy.dicom.findings import Finding, Severity, finding
 from dints_deploy.dicom.header import SliceHeader
-from dints_deploy.dicom.parse import parse
+from dints_deploy.dicom.parse import CLASS_KEYS, parse
 from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.files import sha256_file
 
-NOT_A_SCAN = frozenset({"dicom-not-dicom", "dicom-not-a-file", "scan-empty"})
-"""Files that are passed over: they are no damaged part of a series."""
-
 DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
 """Media Storage Directory Storage: an index, not part of a series."""
+
+
+SERIES_KEYS = ("StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "SeriesDescription")
+"""What files of one folder share that are taken as one series where the SeriesInstanceUID is empty."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class Series:
     """One series of a study, as its headers tell. Attribute names are DICOM keywords where they are verbatim.
 
     Attributes:
+        label: short hash of the SeriesInstanceUID: the only name of a series in messages and logs.
+        SeriesInstanceUID: empty where the files have none.
         contrast: whether a contrast agent is named.
         slices: one per image plane (a multi-frame file gives several), by instance number, file and frame.
         objects: number of files, image planes or not.
         findings: files of the series that could not be used, and why.
     """
 
+    label: str
     StudyInstanceUID: str
     SeriesInstanceUID: str
     Modality: str = ""
@@ -49,11 +53,6 @@ class Series:
     slices: tuple[SliceHeader, ...] = ()
     objects: int = 0
     findings: tuple[Finding, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """Return a short hash of the SeriesInstanceUID: the only name of a series in messages and logs."""
-        return short_hash(self.SeriesInstanceUID)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -151,19 +150,17 @@ def _unreadable(error: OSError) -> None:
 
 
 def _file_finding(refused: ScanRefused, path: Path) -> Finding:
-    severity = Severity.NOTE if refused.code in NOT_A_SCAN else Severity.REFUSAL
-    return Finding(refused.code, severity, refused.message, path=path)
+    return replace(finding(refused.code, refused.message), path=path)
 
 
 def _add(groups: dict[str, _Group], path: Path, raw: RawHeader, limits: Limits) -> None:
     """Add a file to its series; raise `ScanRefused` where it has none."""
-    read = Attributes([raw.dataset])
+    read = Attributes([raw.dataset, raw.meta])
+    if read.first_text(*CLASS_KEYS) == DICOMDIR_CLASS:
+        raise ScanRefused("dicom-not-dicom", "expected an image, found a DICOMDIR, an index of others: passed over")
     uid = read.text("SeriesInstanceUID")
-    if not uid:
-        if read.text("DirectoryRecordSequence") or read.text("FileSetID"):
-            raise ScanRefused("dicom-not-dicom", "found a DICOMDIR, an index of other files: passed over")
-        raise ScanRefused("dicom-attribute", "expected a SeriesInstanceUID, found none: repair the header")
-    group = groups.setdefault(uid, _Group(_about(read, uid)))
+    key = uid or "\n".join([str(path.parent), *(read.text(keyword) for keyword in SERIES_KEYS)])
+    group = groups.setdefault(key, _Group(_about(read, uid, key)))
     group.objects += 1
     group.folders.add(path.parent)
     try:
@@ -174,23 +171,26 @@ def _add(groups: dict[str, _Group], path: Path, raw: RawHeader, limits: Limits) 
     if not planes:
         group.findings.append(_with_path("dicom-sop-class", "expected images of slices, found another object", path))
         return
-    first = group.instances.setdefault(planes[0].SOPInstanceUID, path)
+    first = group.instances.setdefault(planes[0].SOPInstanceUID or str(path), path)
     if first is not path:
         group.findings.append(_same_instance(first, path))
         return
     group.slices += planes
 
 
-def _about(read: Attributes, uid: str) -> Series:
+def _about(read: Attributes, uid: str, key: str) -> Series:
+    message = "expected a SeriesInstanceUID, found none: files of one folder that look alike are taken as one series"
     return Series(
+        label=short_hash(key),
         StudyInstanceUID=read.text("StudyInstanceUID"),
         SeriesInstanceUID=uid,
         Modality=read.text("Modality").upper(),
         SeriesDescription=read.text("SeriesDescription"),
         SeriesNumber=read.integer("SeriesNumber", low=-(2**31), high=2**31),
         BodyPartExamined=read.text("BodyPartExamined").upper(),
-        SOPClassUID=read.text("SOPClassUID"),
+        SOPClassUID=read.first_text(*CLASS_KEYS),
         contrast=bool(read.text("ContrastBolusAgent") or read.items("ContrastBolusAgentSequence")),
+        findings=() if uid else (finding("dicom-no-uid", message),),
     )
 
 
@@ -215,4 +215,9 @@ def _close(group: _Group, damaged: Sequence[Finding]) -> Series:
     """Return the finished series; a damaged file in one of its folders may be one of its slices."""
     near = [item for item in damaged if item.path is not None and item.path.parent in group.folders]
     slices = sorted(group.slices, key=lambda one: (one.InstanceNumber is None, one.InstanceNumber or 0, one.frame))
-    return replace(group.about, slices=tuple(slices), objects=group.objects, findings=(*group.findings, *near))
+    return replace(
+        group.about,
+        slices=tuple(slices),
+        objects=group.objects,
+        findings=(*group.about.findings, *group.findings, *near),
+    )
