@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from dints_deploy.dicom.gate import GeometryReport
 from dints_deploy.dicom.read import report_on
 from dints_deploy.dicom.series import Series, Study, short_hash
 
-SHOWN_SLICES = 12
-"""How many slices a line of text names."""
+SHOWN_RANGES = 12
+"""How many runs of slices a line of text names."""
 
 
 def describe(study: Study, *, policy: Policy = STRICT) -> dict[str, Any]:
@@ -93,22 +94,31 @@ def _series_lines(series: Mapping[str, Any]) -> Iterator[str]:
     yield f"  series {series['series']}{number} {series['modality']} {series['description']!r}: {series['verdict']}"
     if series["shape"]:
         shape = " x ".join(str(n) for n in series["shape"])
-        spacing = " x ".join("uneven" if mm is None else f"{mm:g}" for mm in series["spacing"])
+        spacing = " x ".join("?" if mm is None else f"{mm:g}" for mm in series["spacing"])
         tilt = f", tilt {series['tilt_degrees']:g} degrees" if series["tilt_degrees"] else ""
         yield f"    {series['orientation']}, {shape} voxels of {spacing} mm{tilt}"
-    for item in series["findings"]:
-        yield f"    {_finding_line(item)}"
+    planes = series["shape"][2] if series["shape"] else 0
+    for line, times in Counter(_finding_line(item, planes) for item in series["findings"]).items():
+        yield f"    {line}" if times == 1 else f"    {line} [{times} files]"
 
 
-def _finding_line(item: Mapping[str, Any]) -> str:
-    return f"{item['severity']} {item['code']} ({item['action']}): {item['message']}{_slices(item['slices'])}"
+def _finding_line(item: Mapping[str, Any], planes: int = 0) -> str:
+    where = _ranges(item["slices"]) if len(item["slices"]) < planes else ""
+    return f"{item['severity']} {item['code']} ({item['action']}): {item['message']}{where}"
 
 
-def _slices(slices: Sequence[int]) -> str:
+def _ranges(slices: Sequence[int]) -> str:
+    """Return slices as ranges: " [slices 0-3, 7]"."""
     if not slices:
         return ""
-    more = ", ..." if len(slices) > SHOWN_SLICES else ""
-    return f" [slices {', '.join(str(index) for index in slices[:SHOWN_SLICES])}{more}]"
+    runs: list[list[int]] = []
+    for index in slices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    named = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs[:SHOWN_RANGES]]
+    return f" [slices {', '.join(named)}{', ...' if len(runs) > SHOWN_RANGES else ''}]"
 
 
 def escaped(text: str) -> str:
