@@ -97,7 +97,7 @@ REASONS: Final[dict[str, str]] = {
     "entry-invalid": "a file of the entry does not follow its schema",
     "entry-path": "the entry names a path outside its own folder, or a link",
     "entry-checksum": "a file differs from its checksum",
-    "entry-onnx": "the ONNX file is damaged, or uses external data, a custom domain or other inputs than the entry says",
+    "entry-onnx": "the ONNX file is damaged, uses external data or a custom domain, or is not the entry's network",
     "no-certificate": "this precision, engine or plan has no parity certificate for these weights",
     # engines
     "engine-missing": "the engine's package is not installed",
@@ -144,7 +144,7 @@ class UsageError(DintsError):
     exit_code = 2
 
 
-class ScanRefused(DintsError):
+class ScanRefused(DintsError):  # noqa: N818  the word the operator reads: a refusal is an answer, not a fault
     """The scan is not what the entry accepts; the reason code says why."""
 
     exit_code = 3

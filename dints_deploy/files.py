@@ -86,7 +86,7 @@ def sha256_file(path: Path) -> str:
 
 
 def state_folder() -> Path:
-    """Return the folder for what this machine makes (certificates, plans, added entries): `$DINTS_STATE` or the user's."""
+    """Return the folder for what this machine makes (plans, added entries): `$DINTS_STATE`, or the user's own."""
     if configured := os.environ.get("DINTS_STATE"):
         return Path(configured)
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"

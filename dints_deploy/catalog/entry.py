@@ -1,7 +1,7 @@
 """What a zoo entry is: the strict model of `entry.toml` and the files beside it.
 
-zoo/<entry>/  entry.toml  genotype.json  model.onnx (one per member)  parity.json  parity_inputs.npz  metrics.json  card.md
-              SHA256SUMS
+zoo/<entry>/  entry.toml  genotype.json  model.onnx (one per member)  parity.json  parity_inputs.npz  metrics.json
+              card.md  SHA256SUMS
 An entry without members is a recipe entry: a published genotype that nobody has trained here.
 """
 
@@ -108,7 +108,7 @@ class Postprocess(Strict):
 
     keep_largest: tuple[PositiveInt, ...] = ()
     """Labels of which only the largest connected part stays (26 neighbours)."""
-    min_volume_ml: dict[str, NonNegativeFloat] = {}
+    min_volume_ml: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Label id -> volume below which the label is removed."""
 
 
@@ -117,7 +117,7 @@ class Training(Strict):
 
     task: str
     fold: int | None = None
-    cases: dict[str, str] = {}
+    cases: dict[str, str] = Field(default_factory=dict)
     """Case id -> SHA-256 of the image file."""
     commit: str = ""
     """Commit of the code that trained it."""
@@ -131,7 +131,7 @@ class ParityLimits(Strict):
 
 
 class Entry(Strict):
-    """A zoo entry as `entry.toml` says it; see DESIGN of the file in docs/zoo-entry.md.
+    """A zoo entry as `entry.toml` says it; docs/zoo-entry.md explains it.
 
     Attributes:
         overlap: share of a window that neighbouring windows share, per axis.
@@ -152,7 +152,7 @@ class Entry(Strict):
     labels: tuple[Label, ...] = Field(min_length=1)
     activation: Literal["softmax", "sigmoid"] = "softmax"
     regions: tuple[Region, ...] = ()
-    spacing: Spacing | None
+    spacing: Spacing | None = None
     window: Sizes
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     tta: tuple[Axis, ...] = ()

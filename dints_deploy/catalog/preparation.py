@@ -33,7 +33,7 @@ class ZScore(Strict):
 
 
 class Window(Strict):
-    """Clip to lower..upper (Hounsfield units for CT), then map to 0..1, or to (x - mean) / std where those are given."""
+    """Clip to lower..upper (HU for CT), then map to 0..1, or to (x - mean) / std where those are given."""
 
     scheme: Literal["window"]
     lower: float
@@ -94,7 +94,7 @@ class Preparation(Strict):
     """
 
     channels: tuple[Channel, ...] = Field(min_length=1)
-    spacing: Spacing | None
+    spacing: Spacing | None = None
     window: Sizes
 
     @model_validator(mode="after")

@@ -127,17 +127,15 @@ def _interpolate_oblique(volume: Volume, grid: Grid, interpolation: Interpolatio
 
     voxel_map = np.linalg.inv(volume.affine) @ grid.affine
     linear = interpolation == "linear"
-    out = np.empty((volume.channels, *grid.shape), np.float32 if linear else volume.data.dtype)
-    for channel, result in zip(volume.data, out, strict=True):
-        affine_transform(
-            channel.astype(np.float32) if linear else channel,
-            voxel_map,
-            output_shape=grid.shape,
-            output=result,
-            order=int(linear),
-            mode="nearest",
-        )
-    return out
+    dtype = np.dtype(np.float32) if linear else volume.data.dtype
+    return np.stack(
+        [
+            affine_transform(
+                channel.astype(dtype), voxel_map, output_shape=grid.shape, order=1 if linear else 0, mode="nearest"
+            )
+            for channel in volume.data
+        ]
+    )
 
 
 @dataclass(frozen=True)

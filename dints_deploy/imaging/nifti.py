@@ -108,13 +108,13 @@ def _unpack(path: Path, stream: Any, max_bytes: int) -> bytes:
     header_bytes = HEADER_BYTES.get(start)
     if header_bytes is None:
         raise ScanRefused("scan-format", f"expected a NIfTI image (.nii, .nii.gz), found other content in {path.name}")
-    header = start + stream.read(header_bytes - 4)
+    header: bytes = start + stream.read(header_bytes - 4)
     claimed = _claimed_bytes(path, header, header_bytes)
     if claimed > max_bytes:
         raise ScanRefused(
             "scan-too-large", f"expected at most {max_bytes} bytes, the header of {path.name} claims {claimed}"
         )
-    body = stream.read(claimed - len(header))
+    body: bytes = stream.read(claimed - len(header))
     if len(header) + len(body) < claimed:
         found = len(header) + len(body)
         raise ScanRefused("scan-truncated", f"expected {claimed} bytes in {path.name}, found {found}: copy it again")
@@ -144,7 +144,8 @@ def _claimed_bytes(path: Path, header: bytes, header_bytes: int) -> int:
             "scan-format",
             f"expected positive sizes and voxels after the header in {path.name}, found {shape}, {offset}",
         )
-    return offset + item * math.prod(int(n) for n in shape)
+    claimed: int = offset + item * math.prod(int(n) for n in shape)
+    return claimed
 
 
 def _parse(path: Path, raw: bytes) -> Any:

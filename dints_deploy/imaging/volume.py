@@ -35,7 +35,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         affine = np.array(self.affine, dtype=np.float64)
-        if len(self.shape) != 3 or min(self.shape) < 1:
+        if np.shape(self.shape) != (3,) or min(self.shape) < 1:
             raise ScanRefused("scan-dimensions", f"expected three axes of at least one voxel, found shape {self.shape}")
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
             raise ScanRefused("scan-affine", "expected a finite 4x4 affine with last row 0 0 0 1: repair the header")

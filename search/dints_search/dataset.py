@@ -97,7 +97,7 @@ class Patches(TorchDataset[tuple[Tensor, Tensor]]):
 
     def _corner(self, case: TrainingCase, rng: np.random.Generator) -> list[int]:
         """Draw the first voxel of a patch, uniformly or so that a labelled voxel is in its middle."""
-        free = np.array(case.label.shape) - self.window
+        free = np.array(case.label.shape) - np.array(self.window)
         corner: NDArray[Any] = rng.integers(0, free + 1)
         if free.any() and rng.random() < self.foreground:
             inside = np.argwhere(case.label)

@@ -109,7 +109,7 @@ class DiNTSNetwork(nn.Module):
             raise ValueError(f"expected a scan of shape (N, {self.in_channels}, I, J, K), found {tuple(x.shape)}")
         step = 2**self.genotype.num_depths
         sizes = tuple(x.shape[2:])
-        if any(n % step for n in sizes) or all(n <= step for n in sizes):
+        if any(n < step or n % step for n in sizes) or max(sizes) == step:
             raise ValueError(
                 f"expected axes that are multiples of {step}, at least one of them {2 * step} or more, found {sizes}: "
                 "pad the scan"

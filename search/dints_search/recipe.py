@@ -74,7 +74,7 @@ class Recipe(Strict):
     licence: str
     channels: tuple[Channel, ...] = Field(min_length=1)
     labels: tuple[Label, ...] = Field(min_length=1)
-    spacing: Spacing | None
+    spacing: Spacing | None = None
     window: Sizes
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     tta: tuple[Axis, ...] = ()
@@ -116,6 +116,13 @@ def find_recipe(task: str) -> Recipe:
             return read_recipe(path)
     known = ", ".join(path.stem for path in files)
     raise DatasetError("recipe-invalid", f"expected a task with a recipe ({known}), found {task!r}")
+
+
+def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
+    """Return the recipe with another number of retraining steps; None leaves it as it is."""
+    if steps is None:
+        return recipe
+    return recipe.model_copy(update={"retraining": recipe.retraining.model_copy(update={"steps": steps})})
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -183,7 +183,7 @@ def learning_rate(step: int, settings: Retraining) -> float:
 @torch.no_grad()
 def _average(state: State, decay: float) -> None:
     decay = min(decay, state.step / (state.step + 10))  # a short memory first, so that the start is forgotten
-    ours = list(state.average.parameters())
+    ours = [p.detach() for p in state.average.parameters()]
     theirs = [p.detach() for p in state.network.parameters()]
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 

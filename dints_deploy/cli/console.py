@@ -1,0 +1,73 @@
+"""How commands speak: results on standard output, progress and errors on standard error, JSON where asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dints_deploy.errors import DintsError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+PLAIN_LINE_SECONDS = 10
+"""Time between two lines of progress where standard error is no terminal."""
+
+
+def say(text: object = "") -> None:
+    """Print text or a rich renderable on standard output; text is not marked up."""
+    Console(soft_wrap=isinstance(text, str)).print(text, markup=False, highlight=False, emoji=False)
+
+
+def say_json(document: Any) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def say_error(error: DintsError, about: str = "") -> None:
+    """Print an error on standard error: where, the sentence, the reason code."""
+    sys.stderr.write(f"error: {about + ': ' if about else ''}{error}\n")
+
+
+@contextmanager
+def failing(as_json: bool) -> Iterator[None]:
+    """Turn a DintsError into its message and its exit code."""
+    try:
+        yield
+    except DintsError as error:
+        if as_json:
+            say_json({"error": {"code": error.code, "message": error.message}})
+        say_error(error)
+        raise typer.Exit(error.exit_code) from error
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function of (done, total): a bar with the time left on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _plain(title)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain(title: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_LINE_SECONDS:
+            last = time.monotonic()
+            sys.stderr.write(f"{title}: {done} of {total}\n")
+
+    return line

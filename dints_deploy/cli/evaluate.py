@@ -1,0 +1,98 @@
+"""`dints-deploy evaluate`: Dice and NSD of an entry, or of a training run, on labelled cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dints_deploy.catalog.catalog import load_entry
+from dints_deploy.catalog.dataset import read_dataset
+from dints_deploy.catalog.entry import Entry
+from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
+from dints_deploy.cli.extra import needs_search_extra
+from dints_deploy.errors import UsageError
+from dints_deploy.files import write_text
+from dints_deploy.runtime.evaluate import Evaluation, evaluate, unseen_cases
+from dints_deploy.runtime.segment import open_sessions
+
+MANY_WINDOWS = 1_000
+"""An evaluation runs many windows: `auto` chooses for throughput."""
+
+
+def evaluate_command(
+    data: Annotated[Path, typer.Option(help="A folder in MSD layout (dataset.json, imagesTr, labelsTr).")],
+    model: Annotated[str | None, typer.Option(help="Zoo entry.")] = None,
+    run: Annotated[Path | None, typer.Option(help="A training run's folder, instead of --model (needs torch).")] = None,
+    fold: Annotated[
+        int | None, typer.Option(help="Validation part of fold 0..4; without it, all unseen cases.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, openvino or onnx.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON here too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure Dice and surface Dice (NSD) on labelled cases that the network was not trained on.
+
+    Example: dints-deploy evaluate --model hippocampus --data Task04_Hippocampus --fold 0
+    """
+    with failing(as_json):
+        if (model is None) == (run is None):
+            raise UsageError("usage", "expected --model ENTRY or --run RUN, one of the two")
+        if model is not None:
+            spec, result, about = _entry(model, data, fold, engine, precision)
+        else:
+            spec, result, about = _run(run, data, fold)
+        document = {**about, "fold": fold, **result.as_dict()}
+        if output is not None:
+            import json
+
+            write_text(output, json.dumps(document, indent=2) + "\n")
+        say_json(document) if as_json else _show(spec, result, about)
+
+
+def _entry(
+    model: str, data: Path, fold: int | None, engine: str, precision: str
+) -> tuple[Entry, Evaluation, dict[str, Any]]:
+    entry = load_entry(model)
+    cases = unseen_cases(read_dataset(data), entry, fold)
+    sessions = open_sessions(entry, windows=MANY_WINDOWS, engine=engine, precision=precision)
+    with progress("evaluate") as report:
+        result = evaluate(cases, entry.spec, sessions, progress=report)
+    info = sessions[0].info
+    weights = {member.onnx: entry.digests[member.onnx] for member in entry.spec.members}
+    about = {"entry": entry.spec.name, "version": entry.spec.version, "onnx_sha256": weights}
+    return entry.spec, result, {**about, "engine": info.engine, "precision": info.precision}
+
+
+def _run(run: Path | None, data: Path, fold: int | None) -> tuple[Entry, Evaluation, dict[str, Any]]:
+    with needs_search_extra("evaluate --run"):
+        from dints_search.evaluate import evaluate_run
+    if run is None:
+        raise UsageError("usage", "expected --run RUN")
+    with progress("evaluate") as report:
+        spec, result = evaluate_run(run, read_dataset(data), fold, progress=report)
+    return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32"}
+
+
+def _show(spec: Entry, result: Evaluation, about: dict[str, Any]) -> None:
+    summary = result.summary
+    table = Table(
+        "structure", "Dice", "NSD", "left out", title=" ".join(str(v) for v in about.values() if v != "")[:100]
+    )
+    for label in spec.labels:
+        dice, nsd = summary.dice[label.value], summary.nsd[label.value]
+        tolerance = f" at {label.nsd_tolerance:g} mm"
+        table.add_row(label.name, _number(dice), _number(nsd) + tolerance, str(summary.left_out[label.value]))
+    table.add_row("mean", _number(summary.mean_dice), _number(summary.mean_nsd), "")
+    say(table)
+    worst = min(
+        result.cases, key=lambda case: min(d for d in (*result.cases[case].dice.values(), 2.0) if d is not None)
+    )
+    say(f"{summary.cases} cases; the lowest Dice is in {worst}. Research use only.")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,54 @@
+"""`dints-deploy retrain`: train a genotype's network on an MSD task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dints_deploy.catalog.dataset import read_dataset
+from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
+from dints_deploy.cli.extra import needs_search_extra
+
+
+def retrain_command(
+    genotype: Annotated[Path, typer.Option(help="genotype.json of the network.")],
+    task: Annotated[str, typer.Option(help="Number or name of a task with a recipe, or a recipe's path.")],
+    data: Annotated[Path, typer.Option(help="The task's folder in MSD layout.")],
+    out: Annotated[Path, typer.Option(help="Run folder to create.")],
+    fold: Annotated[int, typer.Option(help="Train on the training part of this fold, 0..4.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of the recipe's.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the network of a genotype on one fold's training part; resumable at any time.
+
+    Example: dints-deploy retrain --genotype genotype.json --task 4 --data Task04_Hippocampus --fold 0 --out runs/a
+    """
+    with failing(as_json):
+        with needs_search_extra("retrain"):
+            import torch
+
+            from dints_search.genotype import read_genotype
+            from dints_search.recipe import find_recipe, with_steps
+            from dints_search.retrain import retrain
+        if threads is not None:
+            torch.set_num_threads(threads)
+        recipe = with_steps(find_recipe(task), steps)
+        with progress("retrain") as bar:
+            weights = retrain(
+                recipe,
+                read_genotype(genotype),
+                read_dataset(data),
+                out,
+                fold=fold,
+                seed=seed,
+                resume=resume,
+                device=device,
+                report=lambda step, loss, rate: bar(step, recipe.retraining.steps),
+            )
+        say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")

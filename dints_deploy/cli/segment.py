@@ -1,0 +1,187 @@
+"""`dints-deploy segment`: scans in, labels out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from dints_deploy.catalog.catalog import LoadedEntry, entry_folders, load_entry, read_entry
+from dints_deploy.catalog.entry import RESEARCH_USE
+from dints_deploy.cli.console import JsonOption, failing, progress, say, say_error, say_json
+from dints_deploy.errors import DintsError, ScanRefused, UsageError
+from dints_deploy.imaging.volume import Volume
+from dints_deploy.process import NIFTI_SUFFIXES, Outcome, Request, check_formats, output_stem, process_case
+from dints_deploy.runtime.accepts import accepting
+
+EXIT_FAILED: Final = 1
+UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def segment_command(
+    scans: Annotated[list[Path] | None, typer.Argument(help="NIfTI files, one case each.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A file (.nii, .nii.gz) for one scan, or a folder.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Zoo entry; without it, the only one that accepts the scan.")
+    ] = None,
+    channel: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE, once per channel of one case, instead of SCAN.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, openvino, onnx or tensorrt.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    to: Annotated[str, typer.Option(help="Outputs, comma-separated: nifti, preview, html.")] = "nifti",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+    max_ram: Annotated[str | None, typer.Option(help="Refuse in advance what needs more memory, such as 4G.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment scans with a zoo entry. Research use only.
+
+    Example: dints-deploy segment scan.nii.gz -o out/ --to nifti,preview,html
+    """
+    with failing(as_json):
+        cases = plan_cases(scans or [], channel or [], output)
+        formats = tuple(part.strip() for part in to.split(",") if part.strip())
+        check_formats(formats)
+        settings: dict[str, Any] = {
+            "formats": formats,
+            "engine": engine,
+            "precision": precision,
+            "device": device,
+            "threads": threads,
+            "max_ram_bytes": parse_bytes(max_ram),
+        }
+        chooser = Chooser(model)
+        results = [_run(case, settings, chooser, quiet=as_json) for case in cases]
+        code = exit_code([error for _, error in results])
+        if as_json:
+            say_json({"exit_code": code, "cases": [_as_json(c, r) for c, r in zip(cases, results, strict=True)]})
+        raise typer.Exit(code)
+
+
+@dataclass(frozen=True)
+class PlannedCase:
+    """One case of a call: its files, its name in messages, where its outputs go."""
+
+    channels: dict[str, Path]
+    name: str
+    stem: Path
+    labels_path: Path | None
+
+
+class Chooser:
+    """Choose the entry for a scan: the one named, or the only one that accepts it; each is loaded once."""
+
+    def __init__(self, model: str | None) -> None:
+        self._model = model
+        self._loaded: dict[str, LoadedEntry] = {}
+
+    def __call__(self, scan: Volume) -> LoadedEntry:
+        """Return the entry for a scan, verified."""
+        name = self._model or accepting(scan, self._with_weights()).name
+        if name not in self._loaded:
+            self._loaded[name] = load_entry(name)
+        return self._loaded[name]
+
+    def _with_weights(self) -> list[Any]:
+        return [spec for folder in entry_folders().values() if (spec := read_entry(folder)).members]
+
+
+def plan_cases(scans: list[Path], channels: list[str], output: Path | None) -> list[PlannedCase]:
+    """Return the cases of a call and where each one's outputs go.
+
+    Raises:
+        UsageError: `usage` when the call makes no sense.
+    """
+    if bool(scans) == bool(channels):
+        raise UsageError("usage", "expected SCANs or --channel NAME=FILE, one of the two: see --help")
+    inputs = [{"": scan} for scan in scans] or [_parse_channels(channels)]
+    cases = [_plan(channel_files, output, single=len(inputs) == 1) for channel_files in inputs]
+    if len({case.stem for case in cases}) != len(cases):
+        raise UsageError("usage", "expected scans with distinct names, two would write the same file: run them apart")
+    return cases
+
+
+def _parse_channels(channels: list[str]) -> dict[str, Path]:
+    pairs = [text.partition("=") for text in channels]
+    if any(not name or not file for name, _, file in pairs) or len({name for name, _, _ in pairs}) != len(pairs):
+        raise UsageError("usage", "expected --channel NAME=FILE with distinct names")
+    return {name: Path(file) for name, _, file in pairs}
+
+
+def _plan(channels: dict[str, Path], output: Path | None, *, single: bool) -> PlannedCase:
+    first = next(iter(channels.values()))
+    if output is not None and single and output.name.lower().endswith(NIFTI_SUFFIXES):
+        return PlannedCase(channels, first.name, output.with_name(output_stem(output)), output)
+    folder = output or Path()
+    return PlannedCase(channels, first.name, folder / f"{output_stem(first)}_seg", None)
+
+
+def _run(
+    case: PlannedCase, settings: dict[str, Any], chooser: Chooser, *, quiet: bool
+) -> tuple[Outcome | None, DintsError | None]:
+    """Process one case; an error of this case does not end the call."""
+
+    def choose(scan: Volume) -> LoadedEntry:
+        entry = chooser(scan)
+        named = [name for name in case.channels if name]
+        expected = [channel.name for channel in entry.spec.channels]
+        if named and named != expected:
+            raise ScanRefused("scan-channels", f"expected channels {', '.join(expected)}, found {', '.join(named)}")
+        return entry
+
+    try:
+        with progress(case.name) as report:
+            request = Request(case.channels, case.stem, labels_path=case.labels_path, **settings)
+            outcome = process_case(request, choose, progress=report)
+    except DintsError as error:
+        say_error(error, case.name)
+        return None, error
+    if not quiet:
+        _show(case, outcome)
+    return outcome, None
+
+
+def _show(case: PlannedCase, outcome: Outcome) -> None:
+    record = outcome.record
+    engine, model = record["engine"], record["model"]
+    volumes = ", ".join(f"{s['name']} {s['volume_ml']:.3f} mL" for s in record["structures"])
+    say(f"{case.name}: {volumes}")
+    say(f"  {model['entry']} {model['version']}, {engine['name']} {engine['precision']} ({engine['why']})")
+    for path in outcome.files.values():
+        say(f"  {path}")
+    say(f"  {RESEARCH_USE}")
+
+
+def _as_json(case: PlannedCase, result: tuple[Outcome | None, DintsError | None]) -> dict[str, Any]:
+    outcome, error = result
+    if error is not None or outcome is None:
+        status = "refused" if isinstance(error, ScanRefused) else "failed"
+        return {"scan": case.name, "status": status, "code": getattr(error, "code", ""), "message": str(error)}
+    files = {name: str(path) for name, path in outcome.files.items()}
+    return {"scan": case.name, "status": "done", "files": files, **outcome.record}
+
+
+def exit_code(errors: list[DintsError | None]) -> int:
+    """Return 0 when all went well, 1 when any failed, else 3 when any was refused; one scan's own code for one scan."""
+    found = [error for error in errors if error is not None]
+    if len(errors) == 1 and found:
+        return found[0].exit_code
+    if any(not isinstance(error, ScanRefused) for error in found):
+        return EXIT_FAILED
+    return found[0].exit_code if found else 0
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Return the bytes of a text such as 4G or 512M; raise `UsageError` for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.upper().removesuffix("B").removesuffix("I"))
+    if match is None:
+        raise UsageError("usage", f"expected a size such as 4G or 512M, found {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])

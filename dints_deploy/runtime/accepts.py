@@ -1,0 +1,84 @@
+"""Does the entry accept this scan? A model answers any input; this is where the wrong ones are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dints_deploy.catalog.entry import Entry
+from dints_deploy.errors import ScanRefused, UsageError
+from dints_deploy.imaging.geometry import orient
+from dints_deploy.imaging.volume import Grid, Volume
+
+AXES = ("left-right", "posterior-anterior", "inferior-superior")
+TOLERANCE = 1e-3
+"""Relative slack on lengths: headers are float32."""
+
+
+def check_accepts(scan: Volume, entry: Entry, *, modality: str | None = None) -> None:
+    """Refuse a scan that is not what the entry was made for.
+
+    Args:
+        scan: as read, any orientation.
+        entry: whose `accepts` counts.
+        modality: DICOM Modality, None where the file does not say (NIfTI).
+
+    Raises:
+        ScanRefused: `scan-modality`, `scan-shape`, `scan-spacing` or `scan-extent`.
+    """
+    accepts = entry.accepts
+    if modality is not None and modality not in accepts.modality:
+        raise ScanRefused("scan-modality", f"expected {' or '.join(accepts.modality)}, found {modality}")
+    grid = _upright(scan)
+    _check("scan-shape", "voxels", grid.shape, accepts.shape_min, None, entry)
+    _check("scan-spacing", "mm of spacing", grid.spacing, accepts.spacing_min, accepts.spacing_max, entry)
+    _check("scan-extent", "mm of extent", grid.extent, accepts.extent_min, accepts.extent_max, entry)
+
+
+def accepting(scan: Volume, entries: Sequence[Entry], *, modality: str | None = None) -> Entry:
+    """Return the only entry that has weights and accepts this scan.
+
+    Raises:
+        UsageError: `entry-ambiguous`, listing the candidates, or why each entry refuses.
+    """
+    refusals: dict[str, ScanRefused] = {}
+    candidates: list[Entry] = []
+    for entry in entries:
+        try:
+            if scan.channels != len(entry.channels):
+                raise ScanRefused("scan-channels", f"expected {len(entry.channels)} channel(s), found {scan.channels}")
+            check_accepts(scan, entry, modality=modality)
+            candidates.append(entry)
+        except ScanRefused as refusal:
+            refusals[entry.name] = refusal
+    if len(candidates) == 1:
+        return candidates[0]
+    if len(entries) == 1 and refusals:
+        raise next(iter(refusals.values()))
+    if candidates:
+        names = ", ".join(entry.name for entry in candidates)
+        raise UsageError("entry-ambiguous", f"expected one entry that accepts this scan, found {names}: give --model")
+    reasons = "; ".join(f"{name}: {refusal.message}" for name, refusal in refusals.items()) or "the zoo is empty"
+    raise UsageError("entry-ambiguous", f"expected an entry that accepts this scan, found none ({reasons})")
+
+
+def _upright(scan: Volume) -> Grid:
+    return orient(Volume(scan.data[:1], scan.affine))[0].grid
+
+
+def _check(
+    code: str,
+    unit: str,
+    found: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float] | None,
+    entry: Entry,
+) -> None:
+    for axis, value, least, most in zip(AXES, found, low, high or [float("inf")] * 3, strict=True):
+        if least * (1 - TOLERANCE) <= value <= most * (1 + TOLERANCE):
+            continue
+        about = f" ({entry.accepts.about})" if entry.accepts.about else ""
+        bounds = f"at least {least:g}" if high is None else f"{least:g} to {most:g}"
+        message = (
+            f"expected {bounds} {unit} {axis} for {entry.name}{about}, found {value:g}: choose another scan or entry"
+        )
+        raise ScanRefused(code, message)

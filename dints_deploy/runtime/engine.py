@@ -1,0 +1,158 @@
+"""The seam between the window loop and what runs a network: one Engine per way of running, one Session per network.
+
+`open(network, window, batch, precision) -> Session`, `submit(host batch) -> Handle`, `result(handle)`. Precision is
+always set explicitly, and the session says which one runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dints_deploy.errors import EngineError, UsageError
+
+Batch = NDArray[np.float32]
+"""(N, C, I, J, K)."""
+
+Handle = Any
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What really runs, for the report.
+
+    Attributes:
+        engine: openvino, onnx, torch ...
+        version: of the engine's package.
+        device: CPU, cuda:0 ...
+        precision: that the engine was told to compute in.
+        why: why this engine was chosen.
+    """
+
+    engine: str
+    version: str
+    device: str
+    precision: str
+    why: str = ""
+
+
+class Session(Protocol):
+    """A network that is ready to run on batches of windows."""
+
+    info: SessionInfo
+
+    def submit(self, batch: Batch) -> Handle:
+        """Start a batch (N, C, I, J, K) and return at once; at most a few may be under way."""
+        ...
+
+    def result(self, handle: Handle) -> Batch:
+        """Wait for a batch and return its logits (N, classes, I, J, K) float32."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Return what the network holds on its device, as far as the engine tells; 0 where it does not."""
+        ...
+
+
+class Engine(Protocol):
+    """A way of running networks."""
+
+    name: str
+
+    def open(self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str) -> Session:
+        """Load an ONNX network for windows (i, j, k) and batches of `batch`.
+
+        Raises:
+            EngineError: `engine-failed` or `no-certificate`.
+        """
+        ...
+
+
+PACKAGES: Final = {"openvino": "openvino", "onnx": "onnxruntime", "tensorrt": "tensorrt"}
+"""Engine -> the package it needs."""
+
+FIX: Final = {
+    "openvino": "pip install 'dints-deploy[cpu]'",
+    "onnx": "pip install 'dints-deploy[cpu]'",
+    "tensorrt": "pip install 'dints-deploy[gpu]' on a machine with an NVIDIA GPU",
+}
+
+FEW_WINDOWS: Final = 4
+"""Up to this many windows a quicker start outweighs a quicker network (benchmarks/cold_start.py)."""
+
+
+def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int | None = None) -> tuple[Engine, str]:
+    """Return an engine and why it was chosen.
+
+    Args:
+        name: `auto`, or an engine's name.
+        windows: how many windows will run; a short run wants a quick start.
+        device: cpu or cuda:N.
+        threads: CPU threads, None for all.
+
+    Raises:
+        UsageError: the name or device is unknown. EngineError: `engine-missing`.
+    """
+    if name not in ("auto", *PACKAGES):
+        raise UsageError("usage", f"expected an engine of auto, {', '.join(PACKAGES)}, found {name!r}")
+    if device != "cpu" and not device.startswith("cuda:"):
+        raise UsageError("usage", f"expected the device cpu or cuda:N, found {device!r}")
+    chosen, why = (name, "asked for") if name != "auto" else _choose(windows, device)
+    if not installed(chosen):
+        raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
+    return _build(chosen, device, threads or available_threads()), why
+
+
+def installed(engine: str) -> bool:
+    """Say whether an engine's package is there, without importing it."""
+    return importlib.util.find_spec(PACKAGES[engine]) is not None
+
+
+def available_threads() -> int:
+    """Return the CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _choose(windows: int, device: str) -> tuple[str, str]:
+    if device != "cpu":
+        return "onnx", "the engine for CUDA devices"
+    if installed("openvino") and installed("onnx"):
+        if windows <= FEW_WINDOWS:
+            return "onnx", f"quickest start, for {windows} window(s)"
+        return "openvino", f"fastest on this CPU, for {windows} windows"
+    if installed("openvino"):
+        return "openvino", "the only CPU engine installed"
+    return "onnx", "the only CPU engine installed"
+
+
+def _build(name: str, device: str, threads: int) -> Engine:
+    if name == "openvino":
+        from dints_deploy.runtime.openvino_engine import OpenVinoEngine
+
+        return OpenVinoEngine(threads=threads)
+    if name == "onnx":
+        from dints_deploy.runtime.onnx_engine import OnnxEngine
+
+        return OnnxEngine(device=device, threads=threads)
+    raise EngineError("engine-missing", "expected an engine of this version, TensorRT comes with a later one: use onnx")
+
+
+def check_output(logits: Batch, expected: tuple[int, ...], engine: str) -> Batch:
+    """Refuse logits of a wrong shape or with NaN or infinity: an engine that fails silently must not make a mask.
+
+    Raises:
+        EngineError: `engine-output`.
+    """
+    if logits.shape != expected:
+        raise EngineError("engine-output", f"expected logits of shape {expected} from {engine}, found {logits.shape}")
+    if not np.isfinite(logits).all():
+        raise EngineError("engine-output", f"expected finite logits from {engine}, found NaN or infinity")
+    return logits

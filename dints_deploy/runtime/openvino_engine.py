@@ -1,0 +1,97 @@
+"""Run a network with OpenVINO on the CPU. Its default precision on many CPUs is bfloat16: here it is always set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import openvino
+
+from dints_deploy.errors import EngineError
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo
+
+REQUESTS = 2
+"""Batches under way at a time: one computes while the next one's input is copied."""
+
+
+class OpenVinoEngine:
+    """OpenVINO's CPU plugin."""
+
+    name = "openvino"
+
+    def __init__(self, *, threads: int = 0) -> None:
+        self.threads = threads
+
+    def open(
+        self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
+    ) -> OpenVinoSession:
+        """Compile a network for one window size; raise `EngineError` when OpenVINO cannot, or without certificate."""
+        if precision != "fp32":
+            raise EngineError(
+                "no-certificate",
+                f"expected a certificate for openvino at {precision}, found none: use --precision fp32",
+            )
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": self.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        try:
+            core = openvino.Core()
+            model = core.read_model(network, b"")
+            channels = model.input(0).partial_shape[1]
+            model.reshape([batch, channels, *window])
+            compiled = core.compile_model(model, "CPU", settings)
+        except (RuntimeError, TypeError) as error:
+            raise EngineError(
+                "engine-failed", f"expected OpenVINO to load the network, found: {_first(error)}"
+            ) from error
+        told = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        if told != "f32":
+            raise EngineError("engine-failed", f"expected OpenVINO to compute in f32, found {told}")
+        return OpenVinoSession(
+            compiled, SessionInfo(self.name, openvino.__version__.split("-")[0], "cpu", precision, why)
+        )
+
+
+class OpenVinoSession:
+    """A compiled network with a small ring of requests."""
+
+    def __init__(self, compiled: Any, info: SessionInfo) -> None:
+        self._requests = [compiled.create_infer_request() for _ in range(REQUESTS)]
+        self._next = 0
+        self.info = info
+
+    def submit(self, batch: Batch) -> Handle:
+        """Start a batch; at most `REQUESTS` may be under way."""
+        request = self._requests[self._next]
+        self._next = (self._next + 1) % REQUESTS
+        try:
+            request.start_async([batch], share_inputs=False)
+        except RuntimeError as error:
+            raise EngineError(
+                "engine-failed", f"expected OpenVINO to run the network, found: {_first(error)}"
+            ) from error
+        return request
+
+    def result(self, handle: Handle) -> Batch:
+        """Wait for a batch and return a copy of its logits."""
+        try:
+            handle.wait()
+        except RuntimeError as error:
+            raise EngineError(
+                "engine-failed", f"expected OpenVINO to run the network, found: {_first(error)}"
+            ) from error
+        logits: Batch = handle.get_output_tensor(0).data.copy()
+        return logits
+
+    def memory_bytes(self) -> int:
+        """OpenVINO does not tell."""
+        return 0
+
+
+def _first(error: Exception) -> str:
+    """Return the first telling line of an OpenVINO message, which quotes source files around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith(("Exception from", "Check '"))), "no message")

@@ -1,0 +1,123 @@
+"""Parity: how far an engine's logits are from the reference's, on real windows and on hostile ones.
+
+`parity.json` of an entry is its certificate for fp32 engines on a CPU; it counts for exactly these ONNX files and
+engines of the same major version. The entry's `parity_inputs.npz` holds the real windows and the
+reference's logits on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from dints_deploy.catalog.catalog import LoadedEntry
+from dints_deploy.catalog.entry import Entry
+from dints_deploy.catalog.strict import Strict, read_json
+from dints_deploy.errors import EntryError
+from dints_deploy.runtime.engine import Batch, Session, SessionInfo
+from dints_deploy.runtime.metrics import dice
+from dints_deploy.runtime.restore import decision
+
+PARITY_FILE = "parity.json"
+
+
+class Comparison(Strict):
+    """One engine against the reference.
+
+    Attributes:
+        onnx_sha256: of the network that was run.
+        windows: real windows compared, hostile ones included.
+        max_abs_logit, mean_abs_logit: over all logits.
+        label_agreement: share of voxels with the same label.
+        dice: label id -> Dice between the two label maps; None where neither has the label.
+    """
+
+    onnx_sha256: str
+    engine: str
+    version: str
+    device: str
+    precision: str
+    windows: int
+    max_abs_logit: float
+    mean_abs_logit: float
+    label_agreement: float
+    dice: dict[str, float | None]
+
+
+class Certificate(Strict):
+    """The content of `parity.json`."""
+
+    schema_version: Literal[1]
+    reference: str
+    comparisons: tuple[Comparison, ...]
+
+    def covers(self, onnx_sha256: str, info: SessionInfo) -> bool:
+        """Say whether the certificate holds for this network on this engine: same bytes, same major version."""
+        return any(
+            c.onnx_sha256 == onnx_sha256
+            and (c.engine, c.device, c.precision) == (info.engine, info.device, info.precision)
+            and _major(c.version) == _major(info.version)
+            for c in self.comparisons
+        )
+
+
+def _major(version: str) -> str:
+    return version.partition(".")[0]
+
+
+def hostile_windows(shape: Sequence[int]) -> Batch:
+    """Return windows that break careless engines: air, a constant, a clipped bright block. (N, C, I, J, K)."""
+    air = np.zeros(shape, np.float32)
+    constant = np.full(shape, 1.0, np.float32)
+    metal = np.full(shape, -1.0, np.float32)
+    metal[..., : shape[-3] // 3, : shape[-2] // 3, : shape[-1] // 3] = 30.0
+    return np.stack([air, constant, metal])
+
+
+def run_windows(session: Session, windows: Batch) -> Batch:
+    """Return the session's logits of windows (N, C, I, J, K), one at a time."""
+    return np.concatenate([session.result(session.submit(window[np.newaxis])) for window in windows])
+
+
+def compare(reference: Batch, session: Session, windows: Batch, spec: Entry, onnx_sha256: str) -> Comparison:
+    """Measure a session against reference logits (N, classes, I, J, K) on the same windows."""
+    logits = run_windows(session, windows)
+    difference = np.abs(logits.astype(np.float64) - reference)
+    decide = decision(spec)
+    ours = np.stack([decide(window) for window in logits])
+    theirs = np.stack([decide(window) for window in reference])
+    return Comparison(
+        onnx_sha256=onnx_sha256,
+        engine=session.info.engine,
+        version=session.info.version,
+        device=session.info.device,
+        precision=session.info.precision,
+        windows=len(windows),
+        max_abs_logit=float(difference.max()),
+        mean_abs_logit=float(difference.mean()),
+        label_agreement=float((ours == theirs).mean()),
+        dice={label.id: dice(ours == label.value, theirs == label.value) for label in spec.labels},
+    )
+
+
+def within(comparison: Comparison, spec: Entry) -> bool:
+    """Say whether a comparison keeps the entry's limits; NaN does not."""
+    limits = spec.parity
+    return comparison.max_abs_logit <= limits.max_abs_logit and comparison.label_agreement >= limits.min_label_agreement
+
+
+def parity_status(entry: LoadedEntry, info: SessionInfo) -> str:
+    """Say in a few words whether the entry's certificate covers what runs, for the report.
+
+    Raises:
+        EntryError: `entry-invalid` when the certificate cannot be read.
+    """
+    if PARITY_FILE not in entry.digests:
+        return "no certificate in the entry"
+    certificate = read_json(entry.folder / PARITY_FILE, Certificate, EntryError, "entry-invalid")
+    weights = [entry.digests[member.onnx] for member in entry.spec.members]
+    if all(certificate.covers(digest, info) for digest in weights):
+        return "certified by the entry"
+    return f"not certified for {info.engine} {info.version} at {info.precision} on {info.device}"

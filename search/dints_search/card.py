@@ -1,0 +1,100 @@
+"""The card of a zoo entry: what it is for and not for, how good it is, how it was made, how to repeat it."""
+
+from __future__ import annotations
+
+from string import Template
+from typing import Any, Final
+
+from dints_deploy.catalog.entry import RESEARCH_USE, Entry
+from dints_search.export import Exported
+from dints_search.run import RunConfig
+
+CARD: Final = Template("""# $title
+
+**$research_use**
+
+- For: $intended_use
+- Not for: $not_for
+- Labels: $labels
+- Licence of the weights: $licence, that of the training data
+
+## How good it is
+
+$scores
+
+## How it was made
+
+- Task $task: $cases training cases of fold $fold. Their ids and digests are in `entry.toml`; `evaluate` refuses them.
+  The other cases of the fold were looked at once, for the scores above: no choice was made on them.
+- The DiNTS network of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
+  $gmac GMAC for a window of $window voxels.
+- $steps steps of $batch patches, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
+  The weights are the running average (EMA $ema) after the last step.
+- Code of the training: commit `$commit`.
+- Exported to ONNX; the largest difference of a logit to torch, over both CPU engines, is $parity (`parity.json`).
+
+## Repeat it
+
+```
+dints-deploy retrain --genotype zoo/$name/genotype.json --task $task --data $task --fold $fold --seed $seed --out runs/$name
+dints-deploy publish --run runs/$name --name $name --data $task --out my-zoo
+```
+""")
+
+
+def write_card(
+    spec: Entry, configs: list[RunConfig], metrics: dict[str, Any], exports: list[Exported], size: tuple[int, float]
+) -> str:
+    """Return the card's text.
+
+    Args:
+        spec: the entry.
+        configs: of the runs; the first one tells how.
+        metrics: as in `metrics.json`.
+        exports: for the parity figures.
+        size: parameters, and GMAC of one window.
+    """
+    config, retraining = configs[0], configs[0].recipe.retraining
+    worst = max(comparison.max_abs_logit for exported in exports for comparison in exported.comparisons)
+    return CARD.substitute(
+        title=spec.title,
+        name=spec.name,
+        research_use=RESEARCH_USE,
+        intended_use=spec.intended_use,
+        not_for=spec.not_for,
+        labels=", ".join(f"{label.value} {label.name}" for label in spec.labels),
+        licence=spec.licence,
+        scores=_scores(spec, metrics),
+        task=config.recipe.task,
+        cases=len(config.cases),
+        fold=", ".join(str(c.fold) for c in configs),
+        multiplier=f"{retraining.channel_multiplier:g}",
+        parameters=f"{size[0] / 1e6:.2f}",
+        gmac=f"{size[1]:.2f}",
+        window=" x ".join(str(n) for n in spec.window),
+        steps=retraining.steps,
+        batch=retraining.batch,
+        rate=f"{retraining.learning_rate:g}",
+        precision=retraining.precision,
+        seed=", ".join(str(c.seed) for c in configs),
+        ema=f"{retraining.ema:g}",
+        commit=config.commit,
+        parity=f"{worst:.2g}",
+    )
+
+
+def _scores(spec: Entry, metrics: dict[str, Any]) -> str:
+    summary = metrics["summary"]
+    if summary is None:
+        return str(metrics["note"])
+    rows = [
+        f"{summary['cases']} unseen cases of fold {metrics['fold']}; {metrics['engine']}, {metrics['precision']}:",
+        "",
+        "| structure | Dice | NSD | tolerance |",
+        "|---|---|---|---|",
+    ]
+    for label in spec.labels:
+        scores = summary["labels"][str(label.value)]
+        rows.append(f"| {label.name} | {scores['dice']:.4f} | {scores['nsd']:.4f} | {label.nsd_tolerance:g} mm |")
+    rows.append(f"| mean | {summary['mean']['dice']:.4f} | {summary['mean']['nsd']:.4f} | |")
+    return "\n".join(rows)

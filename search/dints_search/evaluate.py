@@ -1,0 +1,72 @@
+"""Evaluate a training run through the appliance's runtime, before it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dints_deploy.catalog.dataset import Dataset
+from dints_deploy.catalog.entry import Entry, Member, Training
+from dints_deploy.errors import DatasetError
+from dints_deploy.runtime.evaluate import Evaluation, evaluate
+from dints_search.run import RunConfig, trained_network
+from dints_search.torch_engine import TorchSession
+
+MODEL_FILE = "model.onnx"
+
+
+def entry_of(configs: list[RunConfig], name: str, version: str = "0.0.0") -> Entry:
+    """Return the entry that runs of one recipe would publish; several are an ensemble."""
+    recipe = configs[0].recipe
+    files = [MODEL_FILE] if len(configs) == 1 else [f"model{n}.onnx" for n in range(len(configs))]
+    return Entry(
+        schema_version=1,
+        name=name,
+        version=version,
+        title=recipe.title,
+        intended_use=recipe.intended_use,
+        not_for=recipe.not_for,
+        licence=recipe.licence,
+        genotype="genotype.json",
+        members=tuple(Member(onnx=f, fold=c.fold, seed=c.seed) for f, c in zip(files, configs, strict=True)),
+        channels=recipe.channels,
+        labels=recipe.labels,
+        spacing=recipe.spacing,
+        window=recipe.window,
+        overlap=recipe.overlap,
+        tta=recipe.tta,
+        accepts=recipe.accepts,
+        geometry=recipe.geometry,
+        postprocess=recipe.postprocess,
+        training=Training(
+            task=recipe.task,
+            fold=configs[0].fold if len(configs) == 1 else None,
+            cases={case: digest for config in configs for case, digest in config.cases.items()},
+            commit=configs[0].commit,
+        ),
+    )
+
+
+def evaluate_run(
+    run: Path,
+    dataset: Dataset,
+    fold: int | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Entry, Evaluation]:
+    """Measure a finished run on the validation part of its fold, with torch in fp32.
+
+    Raises:
+        DatasetError: `cases-seen` when a case of that part was trained on.
+    """
+    config, network = trained_network(run)
+    wanted = config.fold if fold is None else fold
+    if wanted is None:
+        raise DatasetError("fold-unknown", "expected --fold: the run was not trained on a fold")
+    _, validation = dataset.fold(wanted)
+    if known := [case.id for case in validation if case.id in config.cases]:
+        raise DatasetError(
+            "cases-seen", f"expected unseen cases, the run was trained on {known[0]}: choose its own fold"
+        )
+    spec = entry_of([config], "run")
+    return spec, evaluate(validation, spec, [TorchSession(network)], progress=progress)
