@@ -83,6 +83,7 @@ REASONS: Final[dict[str, str]] = {
     "dicom-instance-gap": "the instance numbers have gaps where the positions have none",
     # DICOM: pixels
     "dicom-syntax": "the transfer syntax is unknown, or no decoder for it is installed",
+    "dicom-decoder": "no process to decode compressed pixels could be started",
     "dicom-truncated": "the file ends before its pixels do",
     "dicom-pixels": "the pixel data cannot be decoded, or is not what the header says",
     "dicom-excess-pixels": "the pixel data is longer than rows, columns and frames say",
