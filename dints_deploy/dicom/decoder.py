@@ -1,7 +1,8 @@
 """A process that decodes compressed frames, so that a decoder's crash, greed or endless loop cannot harm the caller.
 
-Run as `python -m dints_deploy.dicom.decoder BYTES`. Requests come as JSON lines on standard input (`decoders._request`
-writes them); for each frame a JSON line goes out, {"dtype", "bytes"} and then the bytes, or {"error"}, which ends it.
+Run as `python -m dints_deploy.dicom.decoder BYTES`. A JSON line {"ready"} says that it can serve. Requests come as JSON
+lines on standard input (`decoders._request` writes them); for each frame a JSON line goes out, {"dtype", "bytes"} and
+then the bytes, or {"error"}, which ends the request.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> None:
     os.dup2(quiet, 1)  # decoders print what they please: only answers may go out
     os.dup2(quiet, 2)
     warnings.simplefilter("ignore")
+    out.write(json.dumps({"ready": prepare()}).encode() + b"\n")
+    out.flush()
     for line in sys.stdin.buffer:
         answer(json.loads(line), out)
 
@@ -49,6 +52,13 @@ def limit_memory(count: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (count, count))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def prepare() -> bool:
+    """Import what decoding needs, so that a broken installation shows before a frame does."""
+    import pydicom.pixels
+
+    return bool(pydicom.pixels)
 
 
 def answer(request: dict[str, Any], out: BinaryIO) -> None:

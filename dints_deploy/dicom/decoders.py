@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits
 from dints_deploy.dicom.decoder import PLUGINS
 from dints_deploy.dicom.header import SliceHeader
-from dints_deploy.errors import ScanRefused
+from dints_deploy.errors import DintsError, ScanRefused
 
 Frame = NDArray[np.signedinteger[Any] | np.unsignedinteger[Any]]
 """Stored values (rows, columns) of one frame."""
 
 LINE_BYTES: Final = 4096
 CHUNK_BYTES: Final = 1 << 20
-STARTING_SECONDS: Final = 60.0
-"""How long a process may take to start, over the time for its first frame."""
+STARTING_SECONDS: Final = 120.0
+"""How long a process may take to start."""
 
 
 class Decoders:
@@ -62,6 +62,7 @@ class Decoders:
         Raises:
             ScanRefused: `dicom-syntax` where there is no decoder, `dicom-pixels` where it fails, crashes or takes
                 longer than the limit.
+            DintsError: `dicom-decoder` where no decoding process starts.
         """
         syntax = headers[0].layout.TransferSyntaxUID
         if syntax not in PLUGINS:
@@ -92,7 +93,12 @@ class _Process:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
-        self.grace = STARTING_SECONDS
+        try:
+            self._line(time.monotonic() + STARTING_SECONDS)
+        except ScanRefused as refused:
+            self.stop()
+            found = f"expected a decoding process to start, found that it ended ({self.popen.returncode}): see doctor"
+            raise DintsError("dicom-decoder", found) from refused
 
     def stop(self) -> None:
         """Kill the process and wait for its end."""
@@ -108,9 +114,8 @@ class _Process:
         layout = headers[0].layout
         self._ask(_request(headers))
         for _ in headers:
-            deadline = time.monotonic() + self.limits.frame_seconds + self.grace
+            deadline = time.monotonic() + self.limits.frame_seconds
             head = json.loads(self._line(deadline))
-            self.grace = 0.0
             if "error" in head:
                 code = "dicom-syntax" if head["error"] == "ImportError" else "dicom-pixels"
                 raise ScanRefused(code, f"expected {_name(headers)}, the decoder found damage ({head['error']})")
