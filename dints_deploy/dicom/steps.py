@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from dints_deploy.dicom.findings import Finding, finding
 from dints_deploy.dicom.header import Plane
 
-POSITION_TOLERANCE_MM: Final = 0.05
-"""How far a plane may lie from its place in an even stack: positions are rounded to 0.1 mm at worst."""
+POSITION_TOLERANCE_MM: Final = 0.1
+"""How far a plane may lie from its even place between the first and the last: some scanners round positions to 0.1 mm,
+and the ends are rounded too."""
 
 POSITION_TOLERANCE_STEPS: Final = 0.1
 """The same as a part of the step, where steps are small."""

@@ -20,8 +20,8 @@ from dints_deploy.errors import ScanRefused
 from tests.dicom_phantoms import Phantom, scans, straight, write, write_enhanced
 
 TILT_ACCEPTED = Policy({"dicom-tilt": Action.ACCEPT})
-PLACE_MM = 0.06
-"""Positions in files are rounded; the gate lets planes lie 0.05 mm from their even place."""
+PLACE_MM = 0.001
+"""Cosines and positions in files are rounded to sixteen characters."""
 
 
 def rotation(angles: tuple[float, float, float]) -> NDArray[np.float64]:
