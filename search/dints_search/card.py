@@ -36,7 +36,8 @@ $scores
 ## Repeat it
 
 ```
-dints-deploy retrain --genotype zoo/$name/genotype.json --task $task --data $task --fold $fold --seed $seed --out runs/$name
+dints-deploy retrain --genotype zoo/$name/genotype.json --task $task --data $task \\
+    --fold $fold --seed $seed --out runs/$name
 dints-deploy publish --run runs/$name --name $name --data $task --out my-zoo
 ```
 """)

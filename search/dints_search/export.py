@@ -25,6 +25,7 @@ from dints_deploy.runtime.window import window_starts
 from dints_search.evaluate import entry_of
 from dints_search.network import DiNTSNetwork
 from dints_search.run import trained_network
+from dints_search.stable_norm import with_stable_norms
 from dints_search.torch_engine import TorchSession
 
 OPSET: Final = 20
@@ -60,7 +61,7 @@ def to_onnx(network: DiNTSNetwork, window: tuple[int, int, int]) -> bytes:
     """Return the network as an ONNX file for one window size and any batch; input `scan`, output `logits`."""
     example = torch.zeros(2, network.in_channels, *window)
     program = torch.onnx.export(
-        network.eval(),
+        with_stable_norms(network, window),
         (example,),
         dynamo=True,
         opset_version=OPSET,
@@ -101,17 +102,18 @@ def export_network(network: DiNTSNetwork, spec: Entry, cases: tuple[Case, ...]) 
     onnx = to_onnx(network, spec.window)
     digest = hashlib.sha256(onnx).hexdigest()
     windows = real_windows(cases, spec, PARITY_WINDOWS)
-    every = np.concatenate([windows, hostile_windows(windows.shape[1:])])
-    logits = run_windows(TorchSession(network), every)
+    hostile = hostile_windows(windows.shape[1:])
+    torch_session = TorchSession(network)
+    logits, hostile_logits = run_windows(torch_session, windows), run_windows(torch_session, hostile)
     comparisons = []
     for name in CPU_ENGINES:
-        engine, _ = choose_engine(name, windows=len(every))
+        engine, _ = choose_engine(name, windows=PARITY_WINDOWS)
         session = engine.open(onnx, window=spec.window, batch=1, precision="fp32", why="parity")
-        comparison = compare(logits, session, every, spec, digest)
+        comparison = compare(session, spec, digest, real=(windows, logits), hostile=(hostile, hostile_logits))
         if not within(comparison, spec):
             raise DatasetError("parity-failed", f"expected {name} within {spec.parity}, found {comparison}")
         comparisons.append(comparison)
-    return Exported(onnx, windows, logits[: len(windows)], tuple(comparisons))
+    return Exported(onnx, windows, logits, tuple(comparisons))
 
 
 def certificate(exports: list[Exported]) -> str:
