@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits
-from dints_deploy.dicom.decoder import PLUGINS
 from dints_deploy.dicom.header import SliceHeader
 from dints_deploy.errors import DintsError, ScanRefused
 
@@ -60,15 +59,10 @@ class Decoders:
         """Yield the stored values of planes of one compressed file.
 
         Raises:
-            ScanRefused: `dicom-syntax` where there is no decoder, `dicom-pixels` where it fails, crashes or takes
-                longer than the limit.
+            ScanRefused: `dicom-syntax` where its decoder is not installed, `dicom-pixels` where it fails, crashes or
+                takes longer than the limit.
             DintsError: `dicom-decoder` where no decoding process starts.
         """
-        syntax = headers[0].layout.TransferSyntaxUID
-        if syntax not in PLUGINS:
-            raise ScanRefused(
-                "dicom-syntax", f"expected a known transfer syntax, found {syntax[:64]}: convert the series"
-            )
         process = self._idle.get()
         healthy = False
         try:

@@ -181,3 +181,8 @@ REGULARISING = Policy(
     }
 )
 """Resample tilted and uneven stacks to a regular grid; refuse the rest."""
+
+
+def escaped(text: str) -> str:
+    """Return text from a file with everything that a terminal could take as a command made visible."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)

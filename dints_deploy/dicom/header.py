@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """Patient coordinates of DICOM (left, posterior, superior) to RAS."""
+
+
+DEFLATED: Final = "1.2.840.10008.1.2.1.99"
+BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
+NATIVE: Final = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN, DEFLATED})
+"""Transfer syntaxes whose pixels lie in the file, or in the inflated data set, as they are (PS3.5 A.1 to A.3, A.5)."""
 
 
 @dataclass(frozen=True)

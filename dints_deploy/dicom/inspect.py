@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dints_deploy.dicom.findings import STRICT, Action, Finding, Policy
+from dints_deploy.dicom.findings import STRICT, Action, Finding, Policy, escaped
 from dints_deploy.dicom.gate import GeometryReport
 from dints_deploy.dicom.read import report_on
 from dints_deploy.dicom.series import Series, Study, short_hash
@@ -119,8 +119,3 @@ def _ranges(slices: Sequence[int]) -> str:
             runs.append([index, index])
     named = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs[:SHOWN_RANGES]]
     return f" [slices {', '.join(named)}{', ...' if len(runs) > SHOWN_RANGES else ''}]"
-
-
-def escaped(text: str) -> str:
-    """Return text from a file with everything that a terminal could take as a command made visible."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)

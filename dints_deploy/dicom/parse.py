@@ -10,7 +10,9 @@ from pydicom.dataset import Dataset
 
 from dints_deploy.dicom.attributes import Attributes
 from dints_deploy.dicom.bounded import DEFAULT_LIMITS, UNDEFINED_LENGTH, Limits, RawHeader
-from dints_deploy.dicom.header import PixelLayout, SliceHeader
+from dints_deploy.dicom.decoder import PLUGINS
+from dints_deploy.dicom.findings import escaped
+from dints_deploy.dicom.header import NATIVE, PixelLayout, SliceHeader
 from dints_deploy.errors import ScanRefused
 
 SLICE_CLASSES: Final = {
@@ -51,7 +53,7 @@ def parse(path: Path, raw: RawHeader, *, limits: Limits = DEFAULT_LIMITS) -> tup
     """Return the planes of a file; none for an object that is not a stack of slices.
 
     Raises:
-        ScanRefused: `dicom-truncated`, `dicom-too-large`, `dicom-attribute`, `dicom-pixels`: the file as a whole.
+        ScanRefused: as `check_layout`; or `dicom-attribute` where frames lack their functional groups.
     """
     whole = Attributes([raw.dataset, raw.meta])
     if whole.first_text(*CLASS_KEYS) not in SLICE_CLASSES:
@@ -69,12 +71,13 @@ def check_layout(layout: PixelLayout, *, limits: Limits = DEFAULT_LIMITS) -> Pix
     """Return `layout` if the file can hold what it claims.
 
     Raises:
-        ScanRefused: `dicom-attribute`, `dicom-too-large`, `dicom-truncated`, `dicom-pixels`.
+        ScanRefused: `dicom-attribute`, `dicom-too-large`, `dicom-truncated`, `dicom-syntax`, `dicom-pixels`.
     """
-    _check_claims(layout, limits)
-    expected = layout.frame_bytes * layout.NumberOfFrames
     if not layout.vr or layout.available == 0:
         raise ScanRefused("dicom-truncated", "expected pixel data, found the end of the file: send it again")
+    _check_syntax(layout)
+    _check_claims(layout, limits)
+    expected = layout.frame_bytes * layout.NumberOfFrames
     if layout.length < 0:  # encapsulated: the frames are found, and bounded, when they are decoded
         return layout
     if layout.length < expected:
@@ -84,6 +87,16 @@ def check_layout(layout: PixelLayout, *, limits: Limits = DEFAULT_LIMITS) -> Pix
         found = f"found {layout.available} before the end of the file"
         raise ScanRefused("dicom-truncated", f"expected {expected} bytes of pixels, {found}: send the file again")
     return layout
+
+
+def _check_syntax(layout: PixelLayout) -> None:
+    """Refuse what nothing decodes, and pixels that are not stored the way the transfer syntax says (PS3.5 A)."""
+    syntax, encapsulated = layout.TransferSyntaxUID, layout.length < 0
+    if syntax not in NATIVE and syntax not in PLUGINS:
+        found = f"found {escaped(syntax[:64])}"
+        raise ScanRefused("dicom-syntax", f"expected a transfer syntax of still images, {found}: convert the series")
+    if encapsulated == (syntax in NATIVE):
+        raise ScanRefused("dicom-pixels", "expected pixels stored as the transfer syntax says, found another way")
 
 
 def _check_claims(layout: PixelLayout, limits: Limits) -> None:

@@ -14,13 +14,8 @@ from numpy.typing import NDArray
 from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, inflate, open_regular
 from dints_deploy.dicom.content import rescale
 from dints_deploy.dicom.decoders import Decoders, Frame
-from dints_deploy.dicom.header import PixelLayout, SliceHeader
+from dints_deploy.dicom.header import BIG_ENDIAN, DEFLATED, PixelLayout, SliceHeader
 from dints_deploy.errors import ScanRefused
-
-DEFLATED: Final = "1.2.840.10008.1.2.1.99"
-BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
-NATIVE: Final = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN, DEFLATED})
-"""Transfer syntaxes whose pixels lie in the file, or in the inflated data set, as they are (PS3.5 A.1 to A.3, A.5)."""
 
 FRAMES_PER_JOB: Final = 8
 """Frames of one multi-frame file that one decoder takes at a time."""
@@ -60,8 +55,6 @@ def stored_values(headers: Sequence[SliceHeader], decoders: Decoders) -> Iterato
     if headers[0].layout.length < 0:
         yield from decoders.frames(headers)
         return
-    if headers[0].layout.TransferSyntaxUID not in NATIVE:
-        raise ScanRefused("dicom-pixels", "expected encapsulated frames (PS3.5 A.4), found plain pixels: send it again")
     if headers[0].layout.TransferSyntaxUID == DEFLATED:
         last = max(header.frame for header in headers) + 1
         whole = inflate(headers[0].path, headers[0].layout.offset + last * headers[0].layout.frame_bytes)

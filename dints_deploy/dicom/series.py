@@ -6,14 +6,13 @@ import contextlib
 import hashlib
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dints_deploy.dicom.archive import is_zip, unpack
 from dints_deploy.dicom.attributes import Attributes
-from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, RawHeader, open_regular, read_header
+from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, RawHeader, open_regular, quiet, read_header
 from dints_deploy.dicom.findings import Finding, Severity, finding
 from dints_deploy.dicom.header import SliceHeader
 from dints_deploy.dicom.parse import CLASS_KEYS, parse
@@ -23,6 +22,9 @@ from dints_deploy.files import sha256_file
 DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
 """Media Storage Directory Storage: an index, not part of a series."""
 
+
+DAMAGE = frozenset({"dicom-corrupt", "dicom-truncated", "dicom-attribute"})
+"""Findings of files whose SeriesInstanceUID may be cut off as well."""
 
 SERIES_KEYS = ("StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "SeriesDescription")
 """What files of one folder share that are taken as one series where the SeriesInstanceUID is empty."""
@@ -109,8 +111,7 @@ def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limit
     """
     groups: dict[str, _Group] = {}
     findings: list[Finding] = []
-    with warnings.catch_warnings():  # pydicom warns about odd values, and quotes them: they may identify a patient
-        warnings.simplefilter("ignore")
+    with quiet():
         for path in _files(source, scratch, limits):
             try:
                 _add(groups, path, read_header(path, limits=limits), limits)
@@ -119,6 +120,7 @@ def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limit
     if not groups and not any(item.severity is Severity.REFUSAL for item in findings):
         raise ScanRefused("dicom-no-images", "expected DICOM files, found none: name the folder of the series")
     damaged = [item for item in findings if item.severity is Severity.REFUSAL]
+    damaged += [item for group in groups.values() if not group.slices for item in group.findings if item.code in DAMAGE]
     series = [_close(group, damaged) for group in groups.values()]
     series.sort(key=lambda one: (one.SeriesNumber is None, one.SeriesNumber or 0, one.label))
     return Study(tuple(series), tuple(findings))
@@ -160,14 +162,14 @@ def _add(groups: dict[str, _Group], path: Path, raw: RawHeader, limits: Limits) 
         raise ScanRefused("dicom-not-dicom", "expected an image, found a DICOMDIR, an index of others: passed over")
     uid = read.text("SeriesInstanceUID")
     key = uid or "\n".join([str(path.parent), *(read.text(keyword) for keyword in SERIES_KEYS)])
-    group = groups.setdefault(key, _Group(_about(read, uid, key)))
-    group.objects += 1
-    group.folders.add(path.parent)
     try:
         planes = parse(path, raw, limits=limits)
     except ScanRefused as refused:
-        group.findings.append(_file_finding(refused, path))
+        if not uid:
+            raise
+        _group(groups, key, read, path).findings.append(_file_finding(refused, path))
         return
+    group = _group(groups, key, read, path)
     if not planes:
         group.findings.append(_with_path("dicom-sop-class", "expected images of slices, found another object", path))
         return
@@ -176,6 +178,14 @@ def _add(groups: dict[str, _Group], path: Path, raw: RawHeader, limits: Limits) 
         group.findings.append(_same_instance(first, path))
         return
     group.slices += planes
+
+
+def _group(groups: dict[str, _Group], key: str, read: Attributes, path: Path) -> _Group:
+    """Return the series that a file belongs to, with the file counted."""
+    group = groups.setdefault(key, _Group(_about(read, read.text("SeriesInstanceUID"), key)))
+    group.objects += 1
+    group.folders.add(path.parent)
+    return group
 
 
 def _about(read: Attributes, uid: str, key: str) -> Series:
@@ -212,8 +222,9 @@ def _digest(path: Path) -> str:
 
 
 def _close(group: _Group, damaged: Sequence[Finding]) -> Series:
-    """Return the finished series; a damaged file in one of its folders may be one of its slices."""
-    near = [item for item in damaged if item.path is not None and item.path.parent in group.folders]
+    """Return the finished series; a damaged file of no other series in one of its folders may be one of its slices."""
+    own = {item.path for item in group.findings}
+    near = [item for item in damaged if item.path and item.path.parent in group.folders and item.path not in own]
     slices = sorted(group.slices, key=lambda one: (one.InstanceNumber is None, one.InstanceNumber or 0, one.frame))
     return replace(
         group.about,
