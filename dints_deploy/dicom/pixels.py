@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Final
 
@@ -50,7 +51,7 @@ def decode(
     return stack
 
 
-def stored_values(headers: Sequence[SliceHeader], decoders: Decoders) -> Iterator[Frame]:
+def stored_values(headers: Sequence[SliceHeader], decoders: Decoders) -> Generator[Frame]:
     """Yield the stored values of planes of one file, before any rescaling."""
     if headers[0].layout.length < 0:
         yield from decoders.frames(headers)
@@ -90,12 +91,13 @@ def _jobs(slices: Sequence[SliceHeader]) -> Iterator[Job]:
 
 
 def _run(stack: NDArray[np.float32], job: Job, decoders: Decoders) -> None:
-    for (place, header), stored in zip(job, stored_values([header for _, header in job], decoders), strict=True):
-        slope, intercept = rescale(header)
-        if slope == 1.0:
-            np.add(stored, np.float32(intercept), out=stack[place], dtype=np.float32, casting="unsafe")
-        else:
-            stack[place] = stored * np.float64(slope) + intercept
+    with contextlib.closing(stored_values([header for _, header in job], decoders)) as values:
+        for (place, header), stored in zip(job, values, strict=True):
+            slope, intercept = rescale(header)
+            if slope == 1.0:
+                np.add(stored, np.float32(intercept), out=stack[place], dtype=np.float32, casting="unsafe")
+            else:
+                stack[place] = stored * np.float64(slope) + intercept
 
 
 def _native(source: BinaryIO, header: SliceHeader) -> Frame:

@@ -73,7 +73,10 @@ def to_onnx(network: DiNTSNetwork, window: tuple[int, int, int]) -> bytes:
     )
     if program is None:
         raise DatasetError("parity-failed", "expected torch to export the network, it returned nothing")
-    onnx: bytes = program.model_proto.SerializeToString()
+    model = program.model_proto
+    for node in model.graph.node:
+        node.ClearField("metadata_props")  # the exporter's stack traces name this machine's folders
+    onnx: bytes = model.SerializeToString()
     check_onnx(onnx, "the exported network")
     return onnx
 

@@ -29,7 +29,7 @@ from dints_search.checkpoint import load_checkpoint, save_checkpoint
 from dints_search.dataset import Patches, load_cases
 from dints_search.genotype import Genotype
 from dints_search.recipe import Recipe, Retraining
-from dints_search.run import build_network, configure, open_run
+from dints_search.run import build_network, check_precision, configure, open_run
 
 LOG_EVERY = 25
 """Steps between two lines of metrics.jsonl."""
@@ -89,6 +89,7 @@ def retrain(
         DatasetError: a bad case, another configuration in `folder`, or a damaged checkpoint.
     """
     settings = recipe.retraining
+    check_precision(recipe, genotype)
     training, _ = dataset.fold(fold)
     config = configure(recipe, genotype, training, fold=fold, seed=seed)
     open_run(folder, config, genotype, resume=resume)

@@ -82,6 +82,21 @@ def read_config(folder: Path) -> RunConfig:
     return read_toml(folder / "config.toml", RunConfig, DatasetError, "recipe-invalid")
 
 
+def check_precision(recipe: Recipe, genotype: Genotype) -> None:
+    """Refuse what torch computes wrongly: bf16 convolutions on a CPU over an axis i of exactly two voxels.
+
+    Their weight gradients read memory that was never written (torch 2.13 with oneDNN 3.12): NaN, or 1e37.
+
+    Raises:
+        DatasetError: `recipe-invalid`.
+    """
+    deepest = recipe.window[0] // 2**genotype.num_depths
+    if recipe.retraining.precision == "bf16" and deepest == 2:
+        raise DatasetError(
+            "recipe-invalid", "expected more than two voxels along i at the deepest level for bf16: use precision fp32"
+        )
+
+
 def build_network(config: RunConfig, genotype: Genotype) -> DiNTSNetwork:
     """Return the untrained network of a run."""
     recipe = config.recipe
