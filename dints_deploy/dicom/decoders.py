@@ -49,8 +49,7 @@ class Decoders:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for _ in range(self.count):
-            process = self._idle.get()
+        for process in [self._idle.get() for _ in range(self.count)]:  # waits for those at work
             if process is not None:
                 process.stop()
             self._idle.put(None)
