@@ -169,7 +169,7 @@ def _html(result: _Result) -> Path:
 
     path = result.request.stem.with_name(result.request.stem.name + ".html")
     spec, labels = result.entry.spec, result.segmentation.labels
-    pictures = [(plane.name, picture(result.scan, labels, spec, plane)) for plane in PLANES]
+    pictures = [(plane.name, picture(result.scan, labels, spec, plane, middle_of=labels)) for plane in PLANES]
     write_text(path, render_page(result.record, spec, pictures))
     return path
 

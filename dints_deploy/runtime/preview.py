@@ -26,7 +26,7 @@ OPACITY: Final = 0.45
 DISPLAY_PERCENTILES: Final = (1.0, 99.0)
 BACKGROUND: Final = (18, 18, 20)
 TEXT: Final = (235, 235, 235)
-FAINT: Final = (165, 165, 170)
+FAINT: Final = (200, 200, 205)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def render(scan: Volume, columns: Sequence[tuple[str, Volume | None]], entry: En
         entry: gives the structures' names and colours.
         caption: a line below the pictures; the research-use line follows it.
     """
-    tiles = [[picture(scan, labels, entry, plane) for _, labels in columns] for plane in PLANES]
+    shown = next((labels for _, labels in columns if labels is not None), None)
+    tiles = [[picture(scan, labels, entry, plane, middle_of=shown) for _, labels in columns] for plane in PLANES]
     width = max(sum(t.width for t in row) + GAP * (len(row) + 1) for row in tiles)
     width = max(width, 640)
     footer = 26 * (len(entry.labels) + 2) + GAP
@@ -84,11 +85,13 @@ def _legend(draw: ImageDraw.ImageDraw, y: int, entry: Entry, caption: str) -> No
     draw.text((GAP, y + 26), RESEARCH_USE, fill=(255, 190, 90), font=_font(14))
 
 
-def picture(scan: Volume, labels: Volume | None, entry: Entry, plane: Plane) -> Image.Image:
-    """Draw one plane through the middle of the labels (or of the scan), in true proportions."""
+def picture(
+    scan: Volume, labels: Volume | None, entry: Entry, plane: Plane, *, middle_of: Volume | None
+) -> Image.Image:
+    """Draw one plane in true proportions, through the most labelled slice of `middle_of` (or the scan's middle)."""
     image, _ = orient(Volume(scan.data[:1], scan.affine))
     mask = None if labels is None else orient(labels)[0].data[0]
-    at = _middle(image.shape, mask, plane.fixed)
+    at = _middle(image.shape, None if middle_of is None else orient(middle_of)[0].data[0], plane.fixed)
     grey = _cut(image.data[0].astype(np.float32), plane, at)
     low, high = np.percentile(image.data[0], DISPLAY_PERCENTILES)
     grey = np.clip((grey - low) / max(float(high - low), 1e-12), 0, 1) * 255

@@ -1,8 +1,8 @@
 """Instance normalisation that stays exact over many voxels, for the exported network only.
 
 Engines sum the squares of a channel in one float32 accumulator. Over a full-resolution map with strong peaks the small
-terms are lost: OpenVINO's standard deviation was off by 4e-4 over 89 600 voxels, which is 0.03 on logits of 285. Written
-as partial sums over k, then j, then i, the same statistics are right to 1e-6 (docs/decisions/0003-stable-norm.md).
+terms are lost: OpenVINO's standard deviation was off by 4e-4 over 89 600 voxels, which is 0.03 on logits of 285.
+Written as partial sums over k, then j, then i, the statistics are right to 1e-6 (docs/decisions/0003-stable-norm.md).
 """
 
 from __future__ import annotations
