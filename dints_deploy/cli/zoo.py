@@ -36,11 +36,12 @@ def list_command(as_json: JsonOption = False) -> None:
         if as_json:
             say_json(rows)
             return
-        table = Table("entry", "version", "weights", "labels", "modality", "origin", "title")
+        table = Table("entry", "version", "weights", "labels", "modality", "origin")
+        table.columns[0].no_wrap = True
         for row in rows:
-            weights = f"{row['members']} network(s)" if row["members"] else "none (recipe)"
+            weights = str(row["members"]) if row["members"] else "recipe"
             labels, modality = str(len(row["labels"])), "/".join(row["modality"])
-            table.add_row(row["name"], row["version"], weights, labels, modality, row["origin"], row["title"])
+            table.add_row(row["name"], row["version"], weights, labels, modality, row["origin"])
         say(table)
 
 

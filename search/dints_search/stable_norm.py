@@ -24,13 +24,16 @@ class StableInstanceNorm3d(nn.Module):
 
     def __init__(self, norm: nn.InstanceNorm3d) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        # In the shape they are used in, so that the ONNX file keeps them under their names.
+        self.weight = nn.Parameter(norm.weight.detach().view(1, -1, 1, 1, 1))
+        self.bias = nn.Parameter(norm.bias.detach().view(1, -1, 1, 1, 1))
+        self.eps = norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C, I, J, K) per sample and channel."""
         centred = x - _mean(x)
-        scale = self.weight.view(1, -1, 1, 1, 1) * torch.rsqrt(_mean(centred * centred) + self.eps)
-        return centred * scale + self.bias.view(1, -1, 1, 1, 1)
+        scale = self.weight * torch.rsqrt(_mean(centred * centred) + self.eps)
+        return centred * scale + self.bias
 
 
 def _mean(x: Tensor) -> Tensor:
