@@ -31,6 +31,9 @@ def network_of(folder: Path) -> DiNTSNetwork:
     """Build the torch network of an entry with the weights of its ONNX file."""
     graph = onnx.load(folder / "model.onnx").graph
     weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    for node in graph.node:  # edges into one node learn equal biases, which the exporter keeps once
+        if node.op_type == "InstanceNormalization":
+            weights[node.input[1].removesuffix("weight") + "bias"] = weights[node.input[2]]
     wide = weights["stems_in.level0.norm_first.weight"].numel()
     classes = weights["head.classify.bias"].numel()
     network = DiNTSNetwork(
