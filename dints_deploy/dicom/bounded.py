@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_dataset, read_preamble
 from pydicom.tag import BaseTag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
@@ -30,10 +30,11 @@ UNDEFINED_LENGTH: Final = 0xFFFFFFFF
 """The length of encapsulated pixel data (PS3.5 A.4)."""
 
 INVALID_FILE: Final = (
-    ArithmeticError, AttributeError, EOFError, InvalidDicomError, LookupError, MemoryError, NotImplementedError,
-    OSError, RecursionError, TypeError, ValueError, struct.error, zlib.error,
+    ArithmeticError, AttributeError, BytesLengthException, EOFError, InvalidDicomError, LookupError, MemoryError,
+    NotImplementedError, OSError, RecursionError, TypeError, ValueError, struct.error, zlib.error,
 )  # fmt: skip
-"""What pydicom raises on damaged bytes (it promises no single type)."""
+"""What pydicom raises on damaged bytes (it promises no single type). Their texts quote values, which may identify a
+patient: they are neither repeated nor chained."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def read_header(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> RawHeader:
                 header = _parse(start, size=size, window=window)
             except INVALID_FILE as error:
                 if whole or window >= limits.header_bytes:
-                    raise _named(error, start) from error
+                    raise _named(error, start) from None
                 continue
             if header.pixel_tag or whole:
                 return header
@@ -217,8 +218,8 @@ def inflate(path: Path, count: int) -> bytes:
             read_preamble(file, False)
             read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), count)
-    except INVALID_FILE as error:
-        raise ScanRefused("dicom-corrupt", "expected a deflated data set, found damage: send the file again") from error
+    except INVALID_FILE:
+        raise ScanRefused("dicom-corrupt", "expected a deflated data set, found damage: send the file again") from None
     if len(data) < count:
         found = f"found {len(data)}"
         raise ScanRefused("dicom-truncated", f"expected {count} inflated bytes, {found}: send the file again")
