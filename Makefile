@@ -41,7 +41,7 @@ format: $(VENV)/done
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/done
-	$(VENV)/bin/python benchmarks/cold_start.py
+	$(VENV)/bin/python -m benchmarks.cold_start
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) out

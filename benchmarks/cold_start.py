@@ -1,6 +1,6 @@
 """Cold start: one hippocampus scan from a fresh process, against the usual way with torch and MONAI, in one run.
 
-    python benchmarks/cold_start.py [--rounds 5]
+    python -m benchmarks.cold_start [--rounds 5]
 
 Contenders alternate; medians count. Prints a table and writes benchmarks/results/cold_start.json.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from machine import ROOT, write
+from benchmarks.machine import ROOT, write
 
 CASE = "hippocampus_038"
 SCAN = ROOT / "tests" / "data" / "Task04_Hippocampus" / "imagesTr" / f"{CASE}.nii.gz"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -20,7 +20,7 @@ from dints_deploy.catalog.entry import Entry
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.accepts import check_accepts
 from dints_deploy.runtime.blend import Logits, blend
-from dints_deploy.runtime.engine import Batch, Session, SessionInfo, check_output, choose_engine
+from dints_deploy.runtime.engine import Batch, Handle, Session, SessionInfo, check_output, choose_engine
 from dints_deploy.runtime.memory import check_memory
 from dints_deploy.runtime.metrics import volume_ml
 from dints_deploy.runtime.postprocess import postprocess
@@ -178,33 +178,38 @@ def infer(
         seconds: where the time spent waiting for the engine goes.
     """
     flips = mirrors(tta)
-    share = np.float32(1 / (len(sessions) * len(flips)))
+    runs = len(sessions) * len(flips)
     jobs = ((start, session, flip) for start in starts for session in sessions for flip in flips)
-    pending: deque[tuple[Start, Session, tuple[int, ...], object]] = deque()
-    mean: Logits | None = None
-    count = 0
+    results = _run_ahead(jobs, data, expected, seconds)
+    for start in starts:
+        logits = next(results)
+        for _ in range(runs - 1):
+            logits = logits + next(results)
+        yield start, logits if runs == 1 else logits / np.float32(runs)
 
-    def collect() -> tuple[Start, Logits]:
-        start, session, flip, handle = pending.popleft()
+
+Job = tuple[Start, Session, tuple[int, ...]]
+"""Where a window starts, which network runs it, which axes are mirrored."""
+
+
+def _run_ahead(jobs: Iterable[Job], data: Logits, expected: tuple[int, ...], seconds: Seconds) -> Iterator[Logits]:
+    """Yield each job's logits (classes, *window), in order, while the next job already runs."""
+    under_way: deque[tuple[Job, Handle]] = deque()
+
+    def finish() -> Logits:
+        (_, session, flip), handle = under_way.popleft()
         with seconds.stage("engine"):
             logits = session.result(handle)
-        return start, np.flip(check_output(logits, expected, session.info.engine), flip)[0]
+        return np.flip(check_output(logits, expected, session.info.engine), flip)[0]
 
-    def add(start: Start, logits: Logits) -> Iterator[tuple[Start, Logits]]:
-        nonlocal mean, count
-        mean = logits * share if mean is None else mean + logits * share
-        count += 1
-        if count == len(sessions) * len(flips):
-            yield start, mean
-            mean, count = None, 0
-
-    for start, session, flip in jobs:
+    for job in jobs:
+        start, session, flip = job
         with seconds.stage("engine"):
-            pending.append((start, session, flip, session.submit(_window(data, start, expected[2:], flip))))
-        if len(pending) >= UNDER_WAY:
-            yield from add(*collect())
-    while pending:
-        yield from add(*collect())
+            under_way.append((job, session.submit(_window(data, start, expected[2:], flip))))
+        if len(under_way) >= UNDER_WAY:
+            yield finish()
+    while under_way:
+        yield finish()
 
 
 def mirrors(tta: Sequence[str]) -> list[tuple[int, ...]]:
