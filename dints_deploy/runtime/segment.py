@@ -200,7 +200,8 @@ def _run_ahead(jobs: Iterable[Job], data: Logits, expected: tuple[int, ...], sec
         (_, session, flip), handle = under_way.popleft()
         with seconds.stage("engine"):
             logits = session.result(handle)
-        return np.flip(check_output(logits, expected, session.info.engine), flip)[0]
+        upright: Batch = np.flip(check_output(logits, expected, session.info.engine), flip)
+        return upright[0]
 
     for job in jobs:
         start, session, flip = job
