@@ -112,7 +112,7 @@ def resample(volume: Volume, grid: Grid, interpolation: Interpolation = "linear"
 
 def _interpolate(volume: Volume, grid: Grid, interpolation: Interpolation) -> NDArray[Any]:
     if volume.grid.same_as(grid, tolerance_mm=0):
-        return volume.data
+        return volume.data if interpolation == "nearest" else volume.data.astype(np.float32, copy=False)
     axes = shared_axes(volume.grid, grid)
     if axes is None:
         return _interpolate_oblique(volume, grid, interpolation)

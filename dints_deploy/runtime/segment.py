@@ -200,8 +200,8 @@ def _run_ahead(jobs: Iterable[Job], data: Logits, expected: tuple[int, ...], sec
         (_, session, flip), handle = under_way.popleft()
         with seconds.stage("engine"):
             logits = session.result(handle)
-        upright: Batch = np.flip(check_output(logits, expected, session.info.engine), flip)
-        return upright[0]
+        upright: Logits = np.flip(check_output(logits, expected, session.info.engine), flip)[0]
+        return upright
 
     for job in jobs:
         start, session, flip = job
