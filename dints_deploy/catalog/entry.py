@@ -7,6 +7,7 @@ An entry without members is a recipe entry: a published genotype that nobody has
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Final, Literal
 
@@ -164,22 +165,20 @@ class Entry(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Entry:
-        values = [label.value for label in self.labels]
-        ids = {label.id for label in self.labels}
-        if len(set(values)) != len(values) or len(ids) != len(values):
-            raise ValueError("expected distinct values and ids of labels")
+        check_distinct(self.channels, self.labels, self.tta)
+        check_postprocess(self.postprocess, self.labels)
+        if len({member.onnx for member in self.members}) != len(self.members):
+            raise ValueError("expected distinct files of members")
+        values = {label.value for label in self.labels}
         if self.activation == "softmax":
             if self.regions:
                 raise ValueError("regions need activation = 'sigmoid'")
-            if sorted(values) != list(range(1, len(values) + 1)):
-                raise ValueError("expected label values 1..n for a softmax network")
+            check_softmax(self.labels)
         elif not self.regions:
             raise ValueError("activation = 'sigmoid' needs regions, in the order of the network's channels")
         for region in self.regions:
-            if region.value not in values or not set(region.labels) <= set(values):
+            if region.value not in values or not set(region.labels) <= values:
                 raise ValueError(f"region {region.name!r} names a value that is no label")
-        if not set(self.postprocess.keep_largest) <= set(values) or not set(self.postprocess.min_volume_ml) <= ids:
-            raise ValueError("postprocess names a label that is not there")
         return self
 
     @property
@@ -191,3 +190,26 @@ class Entry(Strict):
     def outputs(self) -> int:
         """Return the number of logit channels of the network (background included for softmax)."""
         return len(self.labels) + 1 if self.activation == "softmax" else len(self.regions)
+
+
+def check_distinct(channels: Sequence[Channel], labels: Sequence[Label], tta: Sequence[Axis]) -> None:
+    """Refuse what stands twice; raise `ValueError`. A recipe keeps this rule and the next two as well."""
+    if len({channel.name for channel in channels}) != len(channels):
+        raise ValueError("expected distinct channel names")
+    if min(len({label.value for label in labels}), len({label.id for label in labels})) != len(labels):
+        raise ValueError("expected distinct values and ids of labels")
+    if len(set(tta)) != len(tta):
+        raise ValueError("expected distinct axes in tta")
+
+
+def check_postprocess(rules: Postprocess, labels: Sequence[Label]) -> None:
+    """Refuse rules about a label that is not there; raise `ValueError`."""
+    values, ids = {label.value for label in labels}, {label.id for label in labels}
+    if not set(rules.keep_largest) <= values or not set(rules.min_volume_ml) <= ids:
+        raise ValueError("postprocess names a label that is not there")
+
+
+def check_softmax(labels: Sequence[Label]) -> None:
+    """Refuse label values that are not the channels of a softmax network; raise `ValueError`."""
+    if sorted(label.value for label in labels) != list(range(1, len(labels) + 1)):
+        raise ValueError("expected label values 1..n for a softmax network")

@@ -27,7 +27,7 @@ def read_toml(path: Path, model: type[Model], error: type[DintsError], code: str
     """Read a TOML file into `model`; raise `error` with `code`, naming the file and the dotted path of each fault."""
     try:
         return model.model_validate(tomllib.loads(_text(path)))
-    except (ValueError, OSError) as fault:
+    except (ValueError, OSError, RecursionError) as fault:
         raise error(code, f"expected {path.name} to follow its schema, found: {faults(fault)}") from fault
 
 
@@ -35,7 +35,7 @@ def read_json(path: Path, model: type[Model], error: type[DintsError], code: str
     """Read a JSON file into `model`; raise `error` with `code`, naming the file and the dotted path of each fault."""
     try:
         return model.model_validate_json(_text(path))
-    except (ValueError, OSError) as fault:
+    except (ValueError, OSError, RecursionError) as fault:
         raise error(code, f"expected {path.name} to follow its schema, found: {faults(fault)}") from fault
 
 

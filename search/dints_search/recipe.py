@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dints_deploy.catalog.entry import Accepts, Axis, GeometryPolicy, Label, Postprocess
+from dints_deploy.catalog.entry import (
+    Accepts,
+    Axis,
+    GeometryPolicy,
+    Label,
+    Postprocess,
+    check_distinct,
+    check_postprocess,
+    check_softmax,
+)
 from dints_deploy.catalog.preparation import Channel, Preparation, Sizes, Spacing
 from dints_deploy.catalog.strict import Strict, read_toml
 from dints_deploy.errors import DatasetError
@@ -82,6 +91,14 @@ class Recipe(Strict):
     geometry: GeometryPolicy = GeometryPolicy()
     postprocess: Postprocess = Postprocess()
     retraining: Retraining
+
+    @model_validator(mode="after")
+    def _publishable(self) -> Recipe:
+        """Keep the rules of the entry that the recipe will become: nobody trains for hours in vain."""
+        check_distinct(self.channels, self.labels, self.tta)
+        check_postprocess(self.postprocess, self.labels)
+        check_softmax(self.labels)
+        return self
 
     @property
     def preparation(self) -> Preparation:
