@@ -65,6 +65,7 @@ class SeriesRule(Strict):
     description: tuple[str, ...] = ()
     body_part: tuple[str, ...] = ()
     exclude_description: tuple[str, ...] = ()
+    contrast: Literal["any", "required", "excluded"] = "any"
 
 
 class Channel(Strict):

@@ -13,16 +13,18 @@ from dints_deploy.catalog.catalog import LoadedEntry, entry_folders, load_entry,
 from dints_deploy.catalog.entry import RESEARCH_USE
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_error, say_json
 from dints_deploy.errors import DintsError, ScanRefused, UsageError
-from dints_deploy.imaging.volume import Volume
-from dints_deploy.process import NIFTI_SUFFIXES, Outcome, Request, check_formats, output_stem, process_case
-from dints_deploy.runtime.accepts import accepting
+from dints_deploy.process.case import Outcome, Request, process_case
+from dints_deploy.process.outputs import check_formats
+from dints_deploy.process.source import NIFTI_SUFFIXES, output_stem
 
 EXIT_FAILED: Final = 1
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def segment_command(
-    scans: Annotated[list[Path] | None, typer.Argument(help="NIfTI files, one case each.", show_default=False)] = None,
+    scans: Annotated[
+        list[Path] | None, typer.Argument(help="NIfTI files, DICOM folders or zips; one case each.", show_default=False)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A file (.nii, .nii.gz) for one scan, or a folder.")
     ] = None,
@@ -56,8 +58,8 @@ def segment_command(
             "threads": threads,
             "max_ram_bytes": parse_bytes(max_ram),
         }
-        chooser = Chooser(model)
-        results = [_run(case, settings, chooser, quiet=as_json) for case in cases]
+        entries = Entries(model)
+        results = [_run(case, settings, entries, quiet=as_json) for case in cases]
         code = exit_code([error for _, error in results])
         if as_json:
             say_json({"exit_code": code, "cases": [_as_json(c, r) for c, r in zip(cases, results, strict=True)]})
@@ -74,22 +76,24 @@ class PlannedCase:
     labels_path: Path | None
 
 
-class Chooser:
-    """Choose the entry for a scan: the one named, or the only one that accepts it; each is loaded once."""
+class Entries:
+    """The entries of a call: the one named, or all that have weights; each is verified and loaded once."""
 
     def __init__(self, model: str | None) -> None:
-        self._model = model
-        self._loaded: dict[str, LoadedEntry] = {}
+        if model is not None:
+            loaded = load_entry(model)
+            self._loaded = {loaded.spec.name: loaded}
+            self.candidates = {loaded.spec.name: loaded.spec}
+        else:
+            self._loaded = {}
+            specs = [read_entry(folder) for folder in entry_folders().values()]
+            self.candidates = {spec.name: spec for spec in specs if spec.members}
 
-    def __call__(self, scan: Volume) -> LoadedEntry:
-        """Return the entry for a scan, verified."""
-        name = self._model or accepting(scan, self._with_weights()).name
+    def load(self, name: str) -> LoadedEntry:
+        """Return a verified entry."""
         if name not in self._loaded:
             self._loaded[name] = load_entry(name)
         return self._loaded[name]
-
-    def _with_weights(self) -> list[Any]:
-        return [spec for folder in entry_folders().values() if (spec := read_entry(folder)).members]
 
 
 def plan_cases(scans: list[Path], channels: list[str], output: Path | None) -> list[PlannedCase]:
@@ -123,22 +127,13 @@ def _plan(channels: dict[str, Path], output: Path | None, *, single: bool) -> Pl
 
 
 def _run(
-    case: PlannedCase, settings: dict[str, Any], chooser: Chooser, *, quiet: bool
+    case: PlannedCase, settings: dict[str, Any], entries: Entries, *, quiet: bool
 ) -> tuple[Outcome | None, DintsError | None]:
     """Process one case; an error of this case does not end the call."""
-
-    def choose(scan: Volume) -> LoadedEntry:
-        entry = chooser(scan)
-        named = [name for name in case.channels if name]
-        expected = [channel.name for channel in entry.spec.channels]
-        if named and named != expected:
-            raise ScanRefused("scan-channels", f"expected channels {', '.join(expected)}, found {', '.join(named)}")
-        return entry
-
     try:
         with progress(case.name) as report:
             request = Request(case.channels, case.stem, labels_path=case.labels_path, **settings)
-            outcome = process_case(request, choose, progress=report)
+            outcome = process_case(request, entries.candidates, entries.load, progress=report)
     except DintsError as error:
         say_error(error, case.name)
         return None, error
@@ -153,6 +148,8 @@ def _show(case: PlannedCase, outcome: Outcome) -> None:
     volumes = ", ".join(f"{s['name']} {s['volume_ml']:.3f} mL" for s in record["structures"])
     say(f"{case.name}: {volumes}")
     say(f"  {model['entry']} {model['version']}, {engine['name']} {engine['precision']} ({engine['why']})")
+    for line in record.get("series", {}).get("not_chosen", []):
+        say(f"  not taken: {line}")
     for path in outcome.files.values():
         say(f"  {path}")
     say(f"  {RESEARCH_USE}")

@@ -1,0 +1,99 @@
+"""process_case: read -> segment -> outputs -> self-check, for the command line and the daemon's worker alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dints_deploy.catalog.catalog import LoadedEntry
+from dints_deploy.catalog.entry import Entry
+from dints_deploy.files import make_folder
+from dints_deploy.process.outputs import Result, check_formats, write_outputs
+from dints_deploy.process.source import Source, read_source
+from dints_deploy.runtime.parity import parity_status
+from dints_deploy.runtime.report import describe
+from dints_deploy.runtime.segment import Progress, segment
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do with one case.
+
+    Attributes:
+        channels: channel name -> file, in the entry's order; a single scan (NIfTI, DICOM folder or zip) under "".
+        stem: path of the outputs without suffix; `<stem>.nii.gz`, `<stem>.png`, `<stem>.html` ...
+        formats: of `outputs.OUTPUTS`, in order.
+        labels_path: of the NIfTI output where the user named it.
+        engine, precision, device, threads, max_ram_bytes: as for `segment`.
+    """
+
+    channels: Mapping[str, Path]
+    stem: Path
+    formats: tuple[str, ...] = ("nifti",)
+    labels_path: Path | None = None
+    engine: str = "auto"
+    precision: str = "fp32"
+    device: str = "cpu"
+    threads: int | None = None
+    max_ram_bytes: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A finished case: its record (see `describe`) and the files written, by format."""
+
+    record: dict[str, Any]
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+def process_case(
+    request: Request,
+    candidates: Mapping[str, Entry],
+    load: Callable[[str], LoadedEntry],
+    *,
+    progress: Progress = lambda done, total: None,
+) -> Outcome:
+    """Read a scan, find its entry, segment it, write the outputs, read them back.
+
+    Args:
+        request: what to do.
+        candidates: name -> entry to choose from.
+        load: the verified entry of a name.
+        progress: called after every window.
+
+    Raises:
+        ScanRefused, EntryError, EngineError, OutputError, UsageError: with their codes; no partial file is left, and
+            no output of a case is left when a later one fails.
+    """
+    check_formats(request.formats)
+    with ExitStack() as resources:
+        source, spec = read_source(request.channels, candidates, resources)
+        entry = load(spec.name)
+        make_folder(request.stem.parent)
+        segmentation = segment(
+            source.scan,
+            entry,
+            engine=request.engine,
+            precision=request.precision,
+            device=request.device,
+            threads=request.threads,
+            max_ram_bytes=request.max_ram_bytes,
+            modality=source.modality,
+            progress=progress,
+        )
+        parity = parity_status(entry, segmentation.session)
+        record = describe(segmentation, entry, source.scan, input_digests=source.digests, parity=parity)
+        record |= _about_series(source)
+        result = Result(request.stem, request.labels_path, entry, source, segmentation, record)
+        return Outcome(record, write_outputs(result, request.formats))
+
+
+def _about_series(source: Source) -> dict[str, Any]:
+    if not source.dicom:
+        return {}
+    chosen = {name: volume.series.label for name, volume in source.dicom.items()}
+    findings = [str(item) for volume in source.dicom.values() for item in volume.report.findings]
+    return {"series": {"chosen": chosen, "not_chosen": list(source.not_chosen), "findings": findings}}

@@ -1,0 +1,120 @@
+"""Choose the series of a study that an entry was made for, by the rules it declares; never by guessing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from dints_deploy.catalog.entry import Entry, GeometryPolicy
+from dints_deploy.catalog.preparation import Channel
+from dints_deploy.dicom.findings import Action, Policy, escaped
+from dints_deploy.dicom.gate import GeometryReport, decide
+from dints_deploy.dicom.read import report_on
+from dints_deploy.dicom.regular import regular_grid
+from dints_deploy.dicom.series import Series, Study
+from dints_deploy.errors import ScanRefused
+from dints_deploy.imaging.volume import Grid, Volume
+from dints_deploy.runtime.accepts import check_accepts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The series that an entry takes.
+
+    Attributes:
+        series: channel name -> series, in the entry's order.
+        policy: what the entry does about the geometry.
+        not_chosen: a line for each other series.
+    """
+
+    series: dict[str, Series]
+    policy: Policy
+    not_chosen: tuple[str, ...]
+
+
+def policy_of(geometry: GeometryPolicy) -> Policy:
+    """Return the gate's policy that an entry declares."""
+    uneven = Action(geometry.uneven)
+    return Policy({"dicom-tilt": Action(geometry.tilt), "dicom-uneven-steps": uneven, "dicom-missing-slice": uneven})
+
+
+def choose_series(study: Study, entry: Entry) -> Choice:
+    """Return the one series per channel that the entry's rules allow.
+
+    Raises:
+        ScanRefused: `series-none` with why each series was not taken, or `series-ambiguous` with the candidates; a
+            study of one series is refused with that series' own reason.
+    """
+    policy = policy_of(entry.geometry)
+    chosen: dict[str, Series] = {}
+    reasons: dict[str, ScanRefused] = {}
+    for channel in entry.channels:
+        fitting = []
+        for series in study.series:
+            try:
+                check_series(series, channel, entry, policy)
+                fitting.append(series)
+            except ScanRefused as refusal:
+                reasons.setdefault(series.label, refusal)
+        chosen[channel.name] = _the_one(fitting, study, channel, reasons)
+    taken = {series.label for series in chosen.values()}
+    lines = [f"{_name(s)}: {reasons[s.label].message}" for s in study.series if s.label not in taken]
+    return Choice(chosen, policy, tuple(lines))
+
+
+def check_series(series: Series, channel: Channel, entry: Entry, policy: Policy) -> None:
+    """Refuse a series that does not fit a channel: modality, description, geometry, size.
+
+    Raises:
+        ScanRefused: with the code of what does not fit.
+    """
+    if series.Modality != channel.modality:
+        raise ScanRefused("scan-modality", f"expected {channel.modality}, found {escaped(series.Modality)}")
+    _check_words(series, channel)
+    report = report_on(series, policy=policy)
+    decide(report.findings, policy, series.label)
+    check_accepts(_shell(report), entry, modality=series.Modality)
+
+
+def _check_words(series: Series, channel: Channel) -> None:
+    rule, description = channel.series, series.SeriesDescription.lower()
+    if rule.description and not _matches(description, rule.description):
+        raise ScanRefused("series-rule", f"expected a description like {' or '.join(rule.description)}")
+    if _matches(description, rule.exclude_description):
+        raise ScanRefused("series-rule", f"expected no description like {' or '.join(rule.exclude_description)}")
+    if rule.body_part and not _matches(series.BodyPartExamined.lower(), rule.body_part):
+        raise ScanRefused("series-rule", f"expected a body part of {' or '.join(rule.body_part)}")
+    if rule.contrast != "any" and series.contrast != (rule.contrast == "required"):
+        raise ScanRefused("series-rule", f"expected contrast agent to be {rule.contrast}")
+
+
+def _matches(text: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(text, pattern.lower()) for pattern in patterns)
+
+
+def _shell(report: GeometryReport) -> Volume:
+    """Return a volume of the series' size and place that holds no voxels of its own."""
+    grid: Grid = report.grid or regular_grid(report)
+    return Volume(np.broadcast_to(np.uint8(0), (1, *grid.shape)), grid.affine)
+
+
+def _the_one(fitting: list[Series], study: Study, channel: Channel, reasons: dict[str, ScanRefused]) -> Series:
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(_name(series) for series in fitting)
+        raise ScanRefused(
+            "series-ambiguous", f"expected one series for channel {channel.name}, found {names}: give its folder alone"
+        )
+    if len(study.series) == 1:
+        raise reasons[study.series[0].label]
+    listed = "; ".join(f"{_name(s)}: {reasons[s.label].message}" for s in study.series)
+    found = listed or "no series"
+    raise ScanRefused("series-none", f"expected a series for channel {channel.name}, found none ({found})")
+
+
+def _name(series: Series) -> str:
+    number = "" if series.SeriesNumber is None else f" {series.SeriesNumber}"
+    return f"series{number} {series.label} ({escaped(series.SeriesDescription)[:40]})"
