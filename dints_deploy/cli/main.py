@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dints_deploy.cli.dicom import dicom_app
 from dints_deploy.cli.evaluate import evaluate_command
 from dints_deploy.cli.export import export_command
 from dints_deploy.cli.publish import publish_command
@@ -24,6 +25,7 @@ app.command("evaluate")(evaluate_command)
 app.command("retrain")(retrain_command)
 app.command("publish")(publish_command)
 app.command("export")(export_command)
+app.add_typer(dicom_app, name="dicom")
 app.add_typer(zoo_app, name="zoo")
 
 

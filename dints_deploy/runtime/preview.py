@@ -127,8 +127,9 @@ def _scaled(colour: NDArray[Any], spacing: Sequence[float], plane: Plane) -> Ima
     tile = Image.fromarray(colour.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(tile)
     left, right = plane.sides
-    draw.text((4, tile.height // 2 - 8), left, fill=FAINT, font=_font(13))
-    draw.text((tile.width - 14, tile.height // 2 - 8), right, fill=FAINT, font=_font(13))
+    middle = tile.height // 2 - 8
+    for x, side in ((4, left), (tile.width - 14, right)):
+        draw.text((x, middle), side, fill=TEXT, font=_font(13), stroke_width=2, stroke_fill=(0, 0, 0))
     return tile
 
 
