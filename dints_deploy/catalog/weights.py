@@ -32,6 +32,9 @@ NESTED: Final[dict[str, dict[int, str]]] = {
     "tensor": {},
 }
 DOMAIN_FIELD: Final = {"node": 7, "function": 10}
+MAX_TAG: Final = (1 << 32) - 1
+"""Largest tag of a field. Some readers of protobuf drop higher bits, and would see another field than this check."""
+
 EXTERNAL_DATA_FIELD: Final = 13
 DATA_LOCATION_FIELD: Final = 14
 
@@ -98,12 +101,14 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_onnx(data: bytes, name: str) -> None:
-    """Refuse an ONNX file with external data, with operators of a custom domain, or that is no protobuf message.
+    """Refuse an ONNX file with external data, with operators of a custom domain, or that holds no network.
 
     Raises:
         EntryError: `entry-onnx`, naming the file.
     """
     try:
+        if all(NESTED["model"].get(field) != "graph" for field, _ in _fields(memoryview(data))):
+            raise EntryError("entry-onnx", f"expected a network in {name}, found none")
         _walk(memoryview(data), "model", name, 0)
     except (IndexError, UnicodeDecodeError) as fault:
         raise EntryError("entry-onnx", f"expected an ONNX file in {name}, found it damaged") from fault
@@ -132,6 +137,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
+        if key > MAX_TAG:
+            raise IndexError("tag too long")
         kind = key & 7
         if kind == 0:
             value, at = _varint(data, at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from dints_deploy.catalog.entry import Entry
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
-from dints_deploy.files import write_text
+from dints_deploy.files import replacing, write_text
 from dints_deploy.runtime.evaluate import Evaluation, evaluate, unseen_cases
 from dints_deploy.runtime.segment import open_sessions
 
@@ -32,6 +33,7 @@ def evaluate_command(
     engine: Annotated[str, typer.Option(help="auto, openvino or onnx.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON here too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the scores of all cases to this PNG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure Dice and surface Dice (NSD) on labelled cases that the network was not trained on.
@@ -45,10 +47,10 @@ def evaluate_command(
             spec, result, about = _entry(model, data, fold, engine, precision)
         else:
             spec, result, about = _run(run, data, fold)
+        if plot is not None:
+            _plot(plot, spec, result)
         document = {**about, "fold": fold, **result.as_dict()}
         if output is not None:
-            import json
-
             write_text(output, json.dumps(document, indent=2) + "\n")
         say_json(document) if as_json else _show(spec, result, about)
 
@@ -75,6 +77,13 @@ def _run(run: Path | None, data: Path, fold: int | None) -> tuple[Entry, Evaluat
     with progress("evaluate") as report:
         spec, result = evaluate_run(run, read_dataset(data), fold, progress=report)
     return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32"}
+
+
+def _plot(path: Path, spec: Entry, result: Evaluation) -> None:
+    from dints_deploy.runtime.plot import draw_scores
+
+    with replacing(path) as partial:
+        draw_scores(result, spec, f"{spec.name}, {result.summary.cases} cases").save(partial)
 
 
 def _show(spec: Entry, result: Evaluation, about: dict[str, Any]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import stat
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from isal import igzip
+from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
 from dints_deploy.errors import ScanRefused
@@ -25,6 +24,15 @@ TRAILING_BYTES: Final = 1 << 20
 
 HEADER_BYTES: Final = {b"\x5c\x01\0\0": 348, b"\0\0\x01\x5c": 348, b"\x1c\x02\0\0": 540, b"\0\0\x02\x1c": 540}
 """Size of the header by its first four bytes: NIfTI-1 and NIfTI-2, little and big endian."""
+
+MAX_EXPANSION: Final = 1032
+"""Bytes that one byte of a gzip stream unpacks to at most (RFC 1951: 258 bytes for two bits)."""
+
+NIFTI1_MAX_AXIS: Final = 32767
+"""Voxels along an axis that a NIfTI-1 header can say; a longer axis is written as NIfTI-2."""
+
+STORED_AS: Final = {np.dtype(bool): np.dtype(np.uint8), np.dtype(np.float16): np.dtype(np.float32)}
+"""Types that NIfTI does not have, and those that hold them."""
 
 COMPRESSION_LEVEL: Final = 1
 """ISA-L level 1: labels pack about as well as at zlib's 6, in a twentieth of the time."""
@@ -42,15 +50,11 @@ def read_nifti(path: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> Volume:
             `scan-too-large`, `scan-dimensions`, `scan-datatype`, `scan-affine`.
     """
     raw = _read_bounded(path, max_bytes)
-    image = _parse(path, raw)
-    data = _voxels(path, image)  # (I, J, K) or (I, J, K, C)
+    header = _parse(path, raw)
+    data = _voxels(path, header, raw)  # (I, J, K) or (I, J, K, C)
     if data.ndim == 3:
         data = data[..., np.newaxis]
-    if data.ndim != 4 or min(data.shape) < 1:
-        raise ScanRefused(
-            "scan-dimensions", f"expected a 3-D image, or 4-D with channels, found shape {image.shape} in {path.name}"
-        )
-    return Volume(np.moveaxis(data, -1, 0), _affine(path, image))
+    return Volume(np.moveaxis(data, -1, 0), _affine(path, header))
 
 
 def write_nifti(path: Path, volume: Volume) -> None:
@@ -60,16 +64,19 @@ def write_nifti(path: Path, volume: Volume) -> None:
         OutputError: `disk-full` or `output-unwritable`.
     """
     from nibabel.nifti1 import Nifti1Image
+    from nibabel.nifti2 import Nifti2Image
 
     data = volume.data[0] if volume.channels == 1 else np.moveaxis(volume.data, 0, -1)
-    image = Nifti1Image(data, volume.affine)
+    data = data.astype(STORED_AS.get(data.dtype, data.dtype), copy=False)
+    kind = Nifti1Image if max(data.shape) <= NIFTI1_MAX_AXIS else Nifti2Image
+    image = kind(data, volume.affine, dtype=data.dtype)
     image.set_sform(volume.affine, code=1)
     image.set_qform(volume.affine, code=1)
     # A qform cannot hold shear: a sheared grid is told by the sform alone.
     if not Grid(volume.shape, image.get_qform()).same_as(volume.grid):
         image.header["qform_code"] = 0
     raw = image.to_bytes()
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         raw = _packed(raw)
     with replacing(path) as partial:
         partial.write_bytes(raw)
@@ -85,16 +92,18 @@ def _packed(raw: bytes) -> bytes:
 def _read_bounded(path: Path, max_bytes: int) -> bytes:
     """Return the unpacked bytes of the image, never more than its header claims plus a little."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # asked before opening: opening a pipe waits for its writer
+            raise ScanRefused("scan-missing", f"expected a regular file at {path}, found a folder, pipe or device")
+        if status.st_size == 0:
+            raise ScanRefused("scan-empty", f"expected a NIfTI image, found 0 bytes in {path.name}: copy it again")
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ScanRefused("scan-missing", f"expected a regular file at {path}")
-            if status.st_size == 0:
-                raise ScanRefused("scan-empty", f"expected a NIfTI image, found 0 bytes in {path.name}: copy it again")
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            return _unpack(path, igzip.IGzipFile(fileobj=file) if packed else file, max_bytes)
-    except (igzip.BadGzipFile, EOFError, igzip.IsalError) as error:
+            if packed:
+                return _unpack(path, igzip.IGzipFile(fileobj=file), max_bytes, status.st_size * MAX_EXPANSION)
+            return _unpack(path, file, max_bytes, status.st_size)
+    except (igzip.BadGzipFile, EOFError, isal_zlib.IsalError) as error:
         code = "scan-truncated" if isinstance(error, EOFError) else "scan-gzip"
         message = f"expected a whole gzip stream in {path.name}, found: {error}: copy the file again"
         raise ScanRefused(code, message) from error
@@ -103,7 +112,8 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
         raise ScanRefused("scan-missing", f"expected a readable file at {path}, found: {reason}") from error
 
 
-def _unpack(path: Path, stream: Any, max_bytes: int) -> bytes:
+def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
+    """Return the header and its voxels; `available` is what the file can hold at most, so that no more is set aside."""
     start = stream.read(4)
     header_bytes = HEADER_BYTES.get(start)
     if header_bytes is None:
@@ -113,6 +123,10 @@ def _unpack(path: Path, stream: Any, max_bytes: int) -> bytes:
     if claimed > max_bytes:
         raise ScanRefused(
             "scan-too-large", f"expected at most {max_bytes} bytes, the header of {path.name} claims {claimed}"
+        )
+    if claimed > available:
+        raise ScanRefused(
+            "scan-truncated", f"expected {claimed} bytes in {path.name}, it holds at most {available}: copy it again"
         )
     body: bytes = stream.read(claimed - len(header))
     if len(header) + len(body) < claimed:
@@ -149,36 +163,48 @@ def _claimed_bytes(path: Path, header: bytes, header_bytes: int) -> int:
 
 
 def _parse(path: Path, raw: bytes) -> Any:
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.nifti1 import Nifti1Image
-    from nibabel.nifti2 import Nifti2Image
+    """Return the checked header. Its extensions are not looked at: nibabel would hand some to a DICOM parser."""
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
     from nibabel.spatialimages import HeaderDataError
 
-    kind = Nifti1Image if HEADER_BYTES[raw[:4]] == 348 else Nifti2Image
+    header_bytes = HEADER_BYTES[raw[:4]]
+    kind = Nifti1Header if header_bytes == 348 else Nifti2Header
     try:
-        return kind.from_bytes(raw)
-    except (HeaderDataError, ImageFileError, ValueError, OverflowError) as error:
+        return kind(raw[:header_bytes])
+    except (HeaderDataError, ValueError, OverflowError) as error:
         raise ScanRefused("scan-format", f"expected a valid NIfTI header in {path.name}, found: {error}") from error
 
 
-def _voxels(path: Path, image: Any) -> NDArray[Any]:
-    dtype = image.get_data_dtype()
+def _voxels(path: Path, header: Any, raw: bytes) -> NDArray[Any]:
+    from nibabel.arrayproxy import ArrayProxy
+    from nibabel.spatialimages import HeaderDataError
+
+    dtype, shape = header.get_data_dtype(), header.get_data_shape()
     if dtype.kind not in "fiu":
         raise ScanRefused("scan-datatype", f"expected real voxels in {path.name}, found {dtype} (complex or colour)")
-    if image.ndim not in (3, 4):
+    if len(shape) not in (3, 4):
         raise ScanRefused(
-            "scan-dimensions", f"expected a 3-D image, or 4-D with channels, found {image.ndim}-D in {path.name}"
+            "scan-dimensions", f"expected a 3-D image, or 4-D with channels, found {len(shape)}-D in {path.name}"
         )
-    slope, intercept = image.dataobj.slope, image.dataobj.inter
-    if dtype.kind in "iu" and (slope, intercept) == (1.0, 0.0):
-        return np.asarray(image.dataobj).astype(dtype.newbyteorder("="), copy=False)
+    try:
+        stored = ArrayProxy(io.BytesIO(raw), header)
+    except HeaderDataError as error:
+        raise ScanRefused("scan-format", f"expected a valid scaling in {path.name}, found: {error}") from error
+    if dtype.kind in "iu" and (stored.slope, stored.inter) == (1.0, 0.0):
+        return np.asarray(stored).astype(dtype.newbyteorder("="), copy=False)
     with np.errstate(over="ignore", invalid="ignore"):  # what does not fit becomes inf and is refused by name later
-        return np.asarray(image.dataobj, dtype=np.float64 if dtype.itemsize > 4 else np.float32).astype(np.float32)
+        return np.asarray(stored, dtype=np.float64 if dtype.itemsize > 4 else np.float32).astype(np.float32)
 
 
-def _affine(path: Path, image: Any) -> NDArray[np.float64]:
-    sform, sform_code = image.get_sform(coded=True)
-    qform, qform_code = image.get_qform(coded=True)
+def _affine(path: Path, header: Any) -> NDArray[np.float64]:
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        sform, sform_code = header.get_sform(coded=True)
+        qform, qform_code = header.get_qform(coded=True)
+    except (HeaderDataError, ValueError) as error:
+        raise ScanRefused("scan-affine", f"expected a valid qform in {path.name}, found: {error}") from error
     if sform is None and qform is None:
         raise ScanRefused(
             "scan-affine",
@@ -186,7 +212,7 @@ def _affine(path: Path, image: Any) -> NDArray[np.float64]:
         )
     if sform is None or qform is None:
         return np.array(qform if sform is None else sform, dtype=np.float64)
-    shape = image.shape[:3]
+    shape = header.get_data_shape()[:3]
     if sform_code == qform_code and not Grid(shape, sform).same_as(
         Grid(shape, qform), 0.5 * min(Grid(shape, qform).spacing)
     ):
