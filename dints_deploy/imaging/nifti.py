@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import igzip, igzip_lib
 from numpy.typing import NDArray
 
 from dints_deploy.errors import ScanRefused
@@ -31,7 +31,10 @@ MAX_EXPANSION: Final = 1032
 NIFTI1_MAX_AXIS: Final = 32767
 """Voxels along an axis that a NIfTI-1 header can say; a longer axis is written as NIfTI-2."""
 
-STORED_AS: Final = {np.dtype(bool): np.dtype(np.uint8), np.dtype(np.float16): np.dtype(np.float32)}
+STORED_AS: Final[dict[np.dtype[Any], np.dtype[Any]]] = {
+    np.dtype(bool): np.dtype(np.uint8),
+    np.dtype(np.float16): np.dtype(np.float32),
+}
 """Types that NIfTI does not have, and those that hold them."""
 
 COMPRESSION_LEVEL: Final = 1
@@ -103,7 +106,7 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
             if packed:
                 return _unpack(path, igzip.IGzipFile(fileobj=file), max_bytes, status.st_size * MAX_EXPANSION)
             return _unpack(path, file, max_bytes, status.st_size)
-    except (igzip.BadGzipFile, EOFError, isal_zlib.IsalError) as error:
+    except (igzip.BadGzipFile, EOFError, igzip_lib.IsalError) as error:  # type: ignore[misc]  # the stub has no class
         code = "scan-truncated" if isinstance(error, EOFError) else "scan-gzip"
         message = f"expected a whole gzip stream in {path.name}, found: {error}: copy the file again"
         raise ScanRefused(code, message) from error
