@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.tag import BaseTag, Tag
 
 from dints_deploy.dicom.bounded import INVALID_FILE
 
@@ -24,9 +26,13 @@ class Attributes:
 
     def value(self, keyword: str) -> Any:
         """Return the first value that is there and not empty, or None."""
+        tag = _tag(keyword)
         for dataset in self.datasets:
+            if tag not in dataset.keys():  # noqa: SIM118 - a data set's own test is much slower
+                continue
             try:
-                value = dataset.get(keyword)
+                element: Any = dataset[tag]
+                value = element.value
             except INVALID_FILE:
                 self.invalid.append(keyword)
                 return None
@@ -84,6 +90,12 @@ class Attributes:
         """Return the items of a sequence."""
         value = self.value(keyword)
         return tuple(item for item in _listed(value) if isinstance(item, Dataset)) if value is not None else ()
+
+
+@functools.cache
+def _tag(keyword: str) -> BaseTag:
+    """Return the tag of a keyword of PS3.6."""
+    return Tag(keyword)
 
 
 def _listed(value: Any) -> Sequence[Any]:

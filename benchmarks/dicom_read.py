@@ -1,0 +1,117 @@
+"""Read 600 slices of 512x512 from DICOM: ours against a plain pydicom loop and SimpleITK, in one run.
+
+    python -m benchmarks.dicom_read [SLICES] [REPEATS]
+
+Files are synthetic CT with noise, in the page cache. Each reader gives float32 values in order along the normal, equal
+voxel by voxel. Times are the best of the repeats, taken in turn. Peak memory is that of a process that reads once, over
+its start; compressed syntaxes, of which a sixth of the slices is read, are decoded in processes that it leaves out.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import dcmread, dcmwrite
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+
+from dints_deploy.dicom.read import read_series
+from dints_deploy.dicom.series import collect
+from tests.dicom_phantoms import straight, write
+
+EDGE = 512
+SYNTAXES = (ExplicitVRLittleEndian, RLELossless, JPEGLSLossless, JPEG2000Lossless)
+
+
+def ours(folder: Path) -> NDArray[np.float32]:
+    """Read through the geometry gate, in parallel."""
+    (series,) = collect(folder).series
+    stack: NDArray[np.float32] = read_series(series).volume.data[0].transpose(2, 1, 0)
+    return stack
+
+
+def plain_pydicom(folder: Path) -> NDArray[np.float32]:
+    """Read one file after the other."""
+    datasets: list[Any] = [dcmread(path) for path in folder.iterdir()]
+    datasets.sort(key=lambda ds: float(ds.ImagePositionPatient[2]))
+    slices = [
+        ds.pixel_array.astype(np.float32) * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for ds in datasets
+    ]
+    return np.stack(slices).astype(np.float32)
+
+
+def simpleitk(folder: Path) -> NDArray[np.float32]:
+    """Read with GDCM through SimpleITK."""
+    import SimpleITK
+
+    itk: Any = SimpleITK
+    reader = itk.ImageSeriesReader()
+    reader.SetFileNames(itk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    return np.asarray(itk.GetArrayFromImage(reader.Execute()), dtype=np.float32)
+
+
+READERS: dict[str, Callable[[Path], NDArray[np.float32]]] = {
+    "ours": ours,
+    "plain pydicom loop": plain_pydicom,
+    "SimpleITK": simpleitk,
+}
+
+
+def make(folder: Path, slices: int, syntax: str) -> None:
+    """Write a noisy CT of `slices` slices."""
+    rng = np.random.default_rng(0)
+    body = np.hypot(*np.mgrid[-1 : 1 : EDGE * 1j, -1 : 1 : EDGE * 1j]) < 0.8
+    pixels = (body * 1000 + rng.normal(0, 15, (slices, EDGE, EDGE)).astype(np.float32) + 100).astype(np.uint16)
+    for path in write(folder, straight(slices, pixels=pixels, step=1.25, intercept=-1024.0)):
+        if syntax != ExplicitVRLittleEndian:
+            ds = dcmread(path)
+            ds.compress(syntax, generate_instance_uid=False)
+            dcmwrite(path, ds)
+
+
+def peak_mb(name: str, folder: Path) -> float:
+    """Return the peak memory of one reader over an idle process, measured in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; import benchmarks.dicom_read as b;"
+        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024;"
+        "start = peak(); b.READERS[sys.argv[1]](Path(sys.argv[2])); print(peak() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name, str(folder)], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """Print the table."""
+    slices = int(sys.argv[1]) if len(sys.argv) > 1 else 600
+    repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    print(f"{slices} slices of {EDGE}x{EDGE}, {len(os.sched_getaffinity(0))} cores, best of {repeats}, seconds")
+    for syntax in SYNTAXES:
+        count = slices if syntax == ExplicitVRLittleEndian else max(slices // 6, 10)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            make(folder, count, syntax)
+            reference = ours(folder)
+            best = dict.fromkeys(READERS, np.inf)
+            for _ in range(repeats):
+                for name, reader in READERS.items():
+                    start = time.perf_counter()
+                    found = reader(folder)
+                    best[name] = min(best[name], time.perf_counter() - start)
+                    if not np.array_equal(found, reference):
+                        sys.exit(f"{name} reads other values")
+            peaks = {name: peak_mb(name, folder) for name in READERS}
+        print(f"\n{syntax.name}, {count} slices")
+        for name, seconds in best.items():
+            print(f"  {name:20} {seconds:7.2f} s  {seconds / best['ours']:6.2f} x ours  {peaks[name]:7.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
