@@ -6,6 +6,7 @@ goes to `zoo/` in the state folder.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -39,9 +40,19 @@ class LoadedEntry:
     digests: dict[str, str]
 
     def member_bytes(self, member: Member) -> bytes:
-        """Return a member's ONNX file, checked for external data and custom domains; raise `EntryError`."""
-        data = (self.folder / member.onnx).read_bytes()
-        check_onnx(data, f"{self.spec.name}/{member.onnx}")
+        """Return a member's ONNX file: the bytes that were verified, without external data and custom domains.
+
+        Raises:
+            EntryError: `entry-onnx`, `entry-missing-file`, or `entry-checksum` when it changed since it was verified.
+        """
+        about = f"{self.spec.name}/{member.onnx}"
+        try:
+            data = (self.folder / member.onnx).read_bytes()
+        except OSError as error:
+            raise EntryError("entry-missing-file", f"expected to read {about}, found: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != self.digests[member.onnx]:
+            raise EntryError("entry-checksum", f"expected {about} as it was verified, found other bytes: run it again")
+        check_onnx(data, about)
         return data
 
 
@@ -93,8 +104,8 @@ def load_entry(name: str | Path) -> LoadedEntry:
     if folder is None:
         known = ", ".join(entry_folders()) or "none"
         raise UsageError("entry-unknown", f"expected the name of a zoo entry ({known}), found {name!r}")
-    spec = read_entry(folder)
     digests = verify_sums(folder)
+    spec = read_entry(folder)
     named = [member.onnx for member in spec.members] + ([spec.genotype] if spec.genotype else [])
     for path in named:
         if path not in digests:
@@ -137,14 +148,17 @@ def add_entry(source: Path) -> LoadedEntry:
     spec = read_entry(source)
     if spec.name in entry_folders():
         raise UsageError("entry-exists", f"an entry {spec.name!r} is there already: remove it or change the name")
-    total = sum((source / name).stat().st_size for name in entry_files(source))
+    names = entry_files(source) + ([SUMS_FILE] if (source / SUMS_FILE).is_file() else [])
+    total = sum((source / name).stat().st_size for name in names)
     if total > MAX_ENTRY_BYTES:
         raise EntryError("entry-invalid", f"expected at most {MAX_ENTRY_BYTES} bytes in an entry, found {total}")
     root = make_folder(added_zoo())
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix=".adding-") as work:
             staged = Path(work) / spec.name
-            shutil.copytree(source, staged, symlinks=True)
+            for name in names:
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, staged / name, follow_symlinks=False)
             if not (staged / SUMS_FILE).exists():
                 write_text(staged / SUMS_FILE, write_sums(staged))
             verify_entry(staged)

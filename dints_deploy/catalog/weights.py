@@ -68,8 +68,8 @@ def verify_sums(folder: Path) -> dict[str, str]:
     Raises:
         EntryError: `entry-missing-file`, `entry-checksum` or `entry-path`, naming the file.
     """
-    sums = _read_sums(folder)
     present = set(entry_files(folder))
+    sums = _read_sums(folder)
     for name in sorted(present - set(sums)):
         raise EntryError("entry-checksum", f"expected every file of {folder.name} in {SUMS_FILE}, found {name} without")
     for name, digest in sums.items():
@@ -88,9 +88,12 @@ def verify_sums(folder: Path) -> dict[str, str]:
 def _read_sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS_FILE
     if not path.is_file():
-        raise EntryError("entry-missing-file", f"expected {SUMS_FILE} in {folder.name}, found none")
+        raise EntryError(
+            "entry-missing-file",
+            f"expected {SUMS_FILE} in {folder.name}, found none: `zoo add` makes it for a new entry",
+        )
     sums: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"):
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name or name in sums:
             raise EntryError("entry-checksum", f"expected lines of `digest  path` in {folder.name}/{SUMS_FILE}")
