@@ -88,9 +88,8 @@ def _plot(path: Path, spec: Entry, result: Evaluation) -> None:
 
 def _show(spec: Entry, result: Evaluation, about: dict[str, Any]) -> None:
     summary = result.summary
-    table = Table(
-        "structure", "Dice", "NSD", "left out", title=" ".join(str(v) for v in about.values() if v != "")[:100]
-    )
+    about_text = " ".join(str(value) for value in about.values() if isinstance(value, str))
+    table = Table("structure", "Dice", "NSD", "left out", title=about_text)
     for label in spec.labels:
         dice, nsd = summary.dice[label.value], summary.nsd[label.value]
         tolerance = f" at {label.nsd_tolerance:g} mm"

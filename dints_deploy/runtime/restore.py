@@ -46,18 +46,19 @@ def label_dtype(largest: int) -> np.dtype[Any]:
     return np.min_scalar_type(largest)
 
 
-def restore(slabs: Iterable[Slab], prepared: Prepared, decide: Decide) -> Volume:
+def restore(slabs: Iterable[Slab], prepared: Prepared, decide: Decide, *, block_bytes: int = BLOCK_BYTES) -> Volume:
     """Return the label map on the scan's own grid.
 
     Args:
         slabs: logits on the network's grid, in order, covering it.
         prepared: the scan's preparation.
         decide: logits to labels.
+        block_bytes: of interpolated logits to hold at a time; one plane of the scan at least.
     """
     lines = shared_axes(prepared.inner, prepared.oriented)
     if lines is None:
         raise ValueError("expected the network's grid to share the scan's axes")
-    restoring = _Restoring(prepared, lines, decide)
+    restoring = _Restoring(prepared, lines, decide, block_bytes)
     for slab in slabs:
         restoring.take(slab)
     if restoring.labels is None or restoring.done < prepared.oriented.shape[0]:
@@ -68,12 +69,13 @@ def restore(slabs: Iterable[Slab], prepared: Prepared, decide: Decide) -> Volume
 class _Restoring:
     """The planes of the scan that are done, and the logits still needed for the next ones."""
 
-    def __init__(self, prepared: Prepared, lines: tuple[Line, Line, Line], decide: Decide) -> None:
+    def __init__(self, prepared: Prepared, lines: tuple[Line, Line, Line], decide: Decide, block_bytes: int) -> None:
         self.inner = prepared.inner.shape
         self.before = prepared.before
         self.shape = prepared.oriented.shape
         self.lines = lines
         self.decide = decide
+        self.block_bytes = block_bytes
         self.labels: NDArray[Any] | None = None
         self.done = 0
         self.held: Logits | None = None  # planes first .. of the unpadded network grid
@@ -90,7 +92,7 @@ class _Restoring:
         self.held = fresh if self.held is None else np.concatenate([self.held, fresh], axis=1)
         ready = int(np.searchsorted(self.lines[0].upper, self.first + self.held.shape[1], side="left"))
         plane_bytes = 4 * self.held.shape[0] * self.shape[1] * self.shape[2]
-        rows = max(1, BLOCK_BYTES // plane_bytes)
+        rows = max(1, self.block_bytes // plane_bytes)
         for begin in range(self.done, ready, rows):
             self._decide(begin, min(begin + rows, ready))
         self.done = max(self.done, ready)
