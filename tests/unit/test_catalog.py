@@ -286,11 +286,11 @@ def test_both_folders_are_listed_with_their_origin(zoo: Path) -> None:
 
 
 def test_a_recipe_entry_says_that_it_has_no_weights(zoo: Path) -> None:
-    write_entry(zoo / "recipe", entry_fields("recipe", members=[], genotype="g.json"), extra={"g.json": b"{}"})
-    assert run_cli("zoo", "verify", "recipe").code == 0
-    assert "none" in run_cli("zoo", "list").out
+    write_entry(zoo / "paper", entry_fields("paper", members=[], genotype="g.json"), extra={"g.json": b"{}"})
+    assert run_cli("zoo", "verify", "paper").code == 0
+    assert "recipe" in run_cli("zoo", "list").out
     assert [row["members"] for row in json.loads(run_cli("zoo", "list", "--json").out)] == [0, 1]
-    for said in (segment(zoo, "recipe"), run_cli("export", "recipe", "--onnx", "-o", zoo.parent / "out")):
+    for said in (segment(zoo, "paper"), run_cli("export", "paper", "--onnx", "-o", zoo.parent / "out")):
         assert said.code == 2
         assert "[entry-has-no-weights]" in said.err
     said = run_cli("segment", zoo.parent / "scan.nii.gz", "-o", zoo.parent / "o", "--engine", "onnx", "--json")
