@@ -31,6 +31,10 @@ PLUGINS: Final = {
 }
 """Compressed transfer syntaxes (PS3.5 A.4), each with the one pydicom plugin that decodes it: never a silent second."""
 
+WIDE_PLUGINS: Final = {"1.2.840.10008.1.2.4.51": "pylibjpeg"}
+"""The same for more than 8 bits: JPEG Extended of 12 bits needs pylibjpeg-libjpeg, which is GPL and therefore no
+dependency; where it is not installed, such images are refused."""
+
 
 def main() -> None:
     """Serve requests until standard input ends."""
@@ -86,9 +90,11 @@ def frames(request: dict[str, Any]) -> Iterator[Any]:
     decoder = get_decoder(request["syntax"])
     with open_regular(Path(request["path"])) as file:
         file.seek(request["offset"])
-        decoded = decoder.iter_array(
-            file, indices=request["frames"], raw=True, decoding_plugin=PLUGINS[request["syntax"]], **options
-        )
+        plugin = WIDE_PLUGINS.get(request["syntax"], "") if options["bits_stored"] > 8 else ""
+        plugin = plugin or PLUGINS[request["syntax"]]
+        if plugin not in decoder.available_plugins:
+            raise ImportError(plugin)
+        decoded = decoder.iter_array(file, indices=request["frames"], raw=True, decoding_plugin=plugin, **options)
         for frame, _ in decoded:
             if frame.shape != (options["rows"], options["columns"]) or frame.dtype.kind not in "iu":
                 raise ValueError("the frame is not what the header says")

@@ -110,8 +110,10 @@ class _Process:
             deadline = time.monotonic() + self.limits.frame_seconds
             head = json.loads(self._line(deadline))
             if "error" in head:
-                code = "dicom-syntax" if head["error"] == "ImportError" else "dicom-pixels"
-                raise ScanRefused(code, f"expected {_name(headers)}, the decoder found damage ({head['error']})")
+                if head["error"] == "ImportError":
+                    bits = f"{layout.BitsStored} bits in {layout.TransferSyntaxUID}"
+                    raise ScanRefused("dicom-syntax", f"expected a decoder of {bits}, found none: convert the series")
+                raise ScanRefused("dicom-pixels", f"expected {_name(headers)}, found damage ({head['error']})")
             if head["bytes"] != layout.Rows * layout.Columns * np.dtype(head["dtype"]).itemsize:
                 raise ScanRefused("dicom-pixels", f"expected {_name(headers)}, found a frame of another size")
             data = self._exactly(head["bytes"], deadline)

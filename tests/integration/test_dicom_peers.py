@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from pydicom import dcmread
 from pydicom.data import get_testdata_files
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_modality_lut
 
 from benchmarks.dicom_vs_dcm2niix import Comparison, compare, compare_regular, convert
 from dints_deploy.dicom.decoders import Decoders
@@ -16,7 +23,7 @@ from dints_deploy.dicom.findings import REGULARISING, Policy
 from dints_deploy.dicom.read import read_series
 from dints_deploy.dicom.series import Series, collect
 from dints_deploy.errors import REASONS, DintsError, ScanRefused
-from tests.dicom_phantoms import scans
+from tests.dicom_phantoms import scans, straight, write
 
 TWO_SLICES = Policy(minimum_slices=2)
 REGULAR = [
@@ -111,9 +118,66 @@ def test_each_series_that_is_no_regular_volume_is_refused_by_name(name: str) -> 
     assert refused.value.code == REFUSED[name]
 
 
+def pydicoms_values(path: Path) -> NDArray[np.float32]:
+    """Return the modality values of a single-frame file as pydicom decodes and rescales them."""
+    ds: Any = dcmread(path)
+    return np.asarray(apply_modality_lut(ds.pixel_array, ds), dtype=np.float32)
+
+
 def test_mosaics_are_refused_by_name() -> None:
     with pytest.raises(ScanRefused, match="dicom-mosaic"):
         read_series(only(scans("transfer-syntaxes")))
+
+
+@pytest.mark.parametrize(
+    ("encode", "bits"),
+    [
+        (("dcmcjpeg", "+eb"), 8),  # JPEG Baseline
+        (("dcmcjpeg", "+ee"), 8),  # JPEG Extended
+        (("dcmcjpeg", "+el"), 16),  # JPEG Lossless
+        (("dcmcjpeg", "+e1"), 16),  # JPEG Lossless, first-order prediction
+        (("dcmcjpls", "+el"), 16),  # JPEG-LS Lossless
+        (("dcmcjpls", "+en"), 12),  # JPEG-LS Near-Lossless
+    ],
+)
+def test_frames_encoded_by_dcmtk_decode_as_dcmtk_decodes_them(
+    tmp_path: Path, encode: tuple[str, str], bits: int
+) -> None:
+    packed, unpacked = (only(folder) for folder in dcmtk_phantom(tmp_path, encode, bits))
+    ours, theirs = read_series(packed), read_series(unpacked)
+    lossy = bits < 16
+    np.testing.assert_allclose(ours.volume.data, theirs.volume.data, atol=1 if lossy else 0)
+    assert np.ptp(ours.volume.data) > 100
+    assert ours.report.has("dicom-lossy") == lossy
+
+
+def test_lossy_jpeg_of_twelve_bits_is_decoded_only_where_its_decoder_is_installed(tmp_path: Path) -> None:
+    packed, unpacked = (only(folder) for folder in dcmtk_phantom(tmp_path, ("dcmcjpeg", "+ee"), 12))
+    if importlib.util.find_spec("libjpeg") is not None:
+        np.testing.assert_allclose(read_series(packed).volume.data, read_series(unpacked).volume.data, atol=2)
+        return
+    with pytest.raises(ScanRefused, match=r"expected a decoder of 12 bits .* \[dicom-syntax\]"):
+        read_series(packed)
+
+
+def dcmtk_phantom(folder: Path, encode: tuple[str, str], bits: int) -> tuple[Path, Path]:
+    """Write a smooth phantom encoded by a tool of DCMTK, and decoded by it again."""
+    if shutil.which(encode[0]) is None:
+        pytest.skip(f"{encode[0]} is not installed (Debian package dcmtk)")
+
+    def narrow(ds: Dataset, index: int) -> None:
+        ds.BitsStored, ds.HighBit = bits, bits - 1
+
+    smooth = np.add.outer(np.arange(3) * 9, np.add.outer(np.arange(48), np.arange(40) * 2)) % 200
+    pixels = (smooth << (bits - 8)).astype(np.uint8 if bits == 8 else np.uint16)
+    packed, unpacked = folder / "packed", folder / "unpacked"
+    packed.mkdir()
+    unpacked.mkdir()
+    for path in write(folder / "plain", straight(planes=3, pixels=pixels), change=narrow):
+        subprocess.run([*encode, path, packed / path.name], check=True, capture_output=True)
+        decode = encode[0].replace("cj", "dj")
+        subprocess.run([decode, packed / path.name, unpacked / path.name], check=True, capture_output=True)
+    return packed, unpacked
 
 
 def test_every_file_of_pydicoms_own_test_set_ends_in_a_volume_or_a_code() -> None:
@@ -128,8 +192,9 @@ def test_every_file_of_pydicoms_own_test_set_ends_in_a_volume_or_a_code() -> Non
                 for item in study.findings:
                     fates[path.name] = item.code
                 for series in study.series:
-                    policy = Policy(minimum_slices=1)
-                    fates[path.name] = str(read_series(series, policy=policy, decoders=decoders).volume.shape)
+                    volume = read_series(series, policy=Policy(minimum_slices=1), decoders=decoders).volume
+                    fates[path.name] = str(volume.shape)
+                    np.testing.assert_array_equal(volume.data[0, ..., 0].T, pydicoms_values(path))
             except DintsError as error:
                 fates[path.name] = error.code
     assert all(fate in REASONS or fate.startswith("(") for fate in fates.values())
