@@ -61,7 +61,6 @@ REASONS: Final[dict[str, str]] = {
     "dicom-localizer": "the series is, or holds, a localizer",
     "dicom-mosaic": "each image is a mosaic of many slices",
     "dicom-several-volumes": "the series holds several volumes (time points, echoes, b-values, stacks)",
-    "dicom-series-ambiguous": "several series, or none, fit what the entry accepts",
     "dicom-lossy": "the pixels went through lossy compression",
     # DICOM: geometry
     "dicom-attribute": "an attribute that must be there is missing or has an impossible value",
@@ -110,6 +109,7 @@ REASONS: Final[dict[str, str]] = {
     "memory-limit": "the run cannot fit the memory limit",
     # outputs
     "output-unwritable": "the output folder or file cannot be written",
+    "output-object": "a DICOM object cannot be made of this source",
     "disk-full": "no space is left where the output goes",
     "output-selfcheck": "a written result did not read back as the mask that was computed",
     # workshop

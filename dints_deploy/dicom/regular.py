@@ -25,8 +25,13 @@ def regular_grid(report: GeometryReport) -> Grid:
 
     Its axes are the planes' rows, columns and normal. Its step is the planes' own where it is even, otherwise their
     smallest, so that no two planes fall into one voxel.
+
+    Raises:
+        ScanRefused: `dicom-attribute` for a single plane, which has no step.
     """
     first = report.planes[0]
+    if len(report.planes) == 1:
+        raise ScanRefused("dicom-attribute", "expected several slices, or the SliceThickness of the only one")
     along, shifts = np.array(report.positions), _shifts(report)
     step = report.step or max(float(np.diff(along).min()), float(along[-1]) / (MOST_PLANES - 1))
     low = np.floor(shifts.min(axis=0))  # (columns, rows), in pixels from the first plane

@@ -238,7 +238,10 @@ def test_too_few_slices_depend_on_the_policy() -> None:
     report = examine(single, policy=Policy(minimum_slices=1))
     assert report.grid is not None
     assert report.grid.spacing == (0.5, 0.5, 4.0)
-    assert examine([header(3.0)], policy=Policy(minimum_slices=1)).grid is None
+    bare = examine([header(3.0)], policy=Policy(minimum_slices=1))
+    assert bare.grid is None
+    with pytest.raises(ScanRefused, match="dicom-attribute"):
+        regular_grid(bare)
 
 
 def test_nothing_is_no_volume() -> None:
