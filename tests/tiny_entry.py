@@ -20,7 +20,7 @@ from dints_deploy.cli.main import app
 from dints_deploy.errors import EngineError
 from dints_deploy.imaging.nifti import write_nifti
 from dints_deploy.imaging.volume import Volume
-from dints_deploy.runtime.engine import Batch, Handle, SessionInfo
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_precision
 
 Fields = dict[str, Any]
 Array = NDArray[Any]
@@ -121,8 +121,7 @@ class NumpyEngine:
         self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
     ) -> NumpySession:
         """Load a TinyNetwork; raise `EngineError` for anything else."""
-        if precision != "fp32":
-            raise EngineError("no-certificate", f"expected a certificate for numpy at {precision}, found none")
+        check_precision(self.name, precision)
         try:
             weights = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(network).graph.initializer}
             layers = [(weights[f"weight{n}"], weights[f"bias{n}"]) for n in range(len(weights) // 2)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
@@ -103,8 +104,10 @@ def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int 
     """
     if name not in ("auto", *PACKAGES):
         raise UsageError("usage", f"expected an engine of auto, {', '.join(PACKAGES)}, found {name!r}")
-    if device != "cpu" and not device.startswith("cuda:"):
+    if re.fullmatch(r"cpu|cuda:[0-9]+", device) is None:
         raise UsageError("usage", f"expected the device cpu or cuda:N, found {device!r}")
+    if name == "openvino" and device != "cpu":
+        raise UsageError("usage", f"expected the device cpu for openvino, found {device!r}: choose the engine onnx")
     chosen, why = (name, "asked for") if name != "auto" else _choose(windows, device)
     if not installed(chosen):
         raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
@@ -143,6 +146,32 @@ def _build(name: str, device: str, threads: int) -> Engine:
 
         return OnnxEngine(device=device, threads=threads)
     raise EngineError("engine-missing", "expected an engine of this version, TensorRT comes with a later one: use onnx")
+
+
+def check_precision(engine: str, precision: str) -> None:
+    """Refuse every precision but fp32: none of the others has a certificate.
+
+    Raises:
+        UsageError: there is no such precision. EngineError: `no-certificate`.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError("usage", f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
+    if precision != "fp32":
+        raise EngineError(
+            "no-certificate", f"expected a certificate for {engine} at {precision}, found none: use --precision fp32"
+        )
+
+
+def check_ends(inputs: int, outputs: int) -> None:
+    """Refuse a network that does not map one array to one array: nobody guesses which of several is meant.
+
+    Raises:
+        EngineError: `engine-failed`.
+    """
+    if (inputs, outputs) != (1, 1):
+        raise EngineError(
+            "engine-failed", f"expected a network of one input and one output, found {inputs} and {outputs}"
+        )
 
 
 def check_output(logits: Batch, expected: tuple[int, ...], engine: str) -> Batch:

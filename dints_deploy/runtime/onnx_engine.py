@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime
 
 from dints_deploy.errors import EngineError
-from dints_deploy.runtime.engine import Batch, Handle, SessionInfo
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision
 
 
 class OnnxEngine:
@@ -24,17 +24,18 @@ class OnnxEngine:
         self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
     ) -> OnnxSession:
         """Load a network; raise `EngineError` when ONNX Runtime cannot, or the precision has no certificate."""
-        if precision != "fp32":
-            raise EngineError(
-                "no-certificate", f"expected a certificate for onnx at {precision}, found none: use --precision fp32"
-            )
+        check_precision(self.name, precision)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 4  # errors come as exceptions
+        providers = self._providers()
         try:
-            session = onnxruntime.InferenceSession(network, options, providers=self._providers())
+            session = onnxruntime.InferenceSession(network, options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exceptions are not public
-            raise EngineError("engine-failed", f"expected ONNX Runtime to load the network, found: {error}") from error
+            raise EngineError(
+                "engine-failed", f"expected ONNX Runtime to load the network, found: {_line(error)}"
+            ) from error
+        check_ends(len(session.get_inputs()), len(session.get_outputs()))
         info = SessionInfo(self.name, onnxruntime.__version__, self.device, precision, why)
         return OnnxSession(session, info)
 
@@ -62,7 +63,9 @@ class OnnxSession:
         try:
             return self._session.run(None, {self._input: batch})[0]
         except Exception as error:  # ONNX Runtime's own exceptions are not public
-            raise EngineError("engine-failed", f"expected ONNX Runtime to run the network, found: {error}") from error
+            raise EngineError(
+                "engine-failed", f"expected ONNX Runtime to run the network, found: {_line(error)}"
+            ) from error
 
     def result(self, handle: Handle) -> Batch:
         """Return the logits of a submitted batch."""
@@ -72,3 +75,8 @@ class OnnxSession:
     def memory_bytes(self) -> int:
         """ONNX Runtime does not tell."""
         return 0
+
+
+def _line(error: Exception) -> str:
+    """Return ONNX Runtime's message in one line."""
+    return " ".join(str(error).split())

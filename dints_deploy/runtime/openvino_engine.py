@@ -8,7 +8,7 @@ from typing import Any
 import openvino
 
 from dints_deploy.errors import EngineError
-from dints_deploy.runtime.engine import Batch, Handle, SessionInfo
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision
 
 REQUESTS = 2
 """Batches under way at a time: one computes while the next one's input is copied."""
@@ -26,11 +26,7 @@ class OpenVinoEngine:
         self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
     ) -> OpenVinoSession:
         """Compile a network for one window size; raise `EngineError` when OpenVINO cannot, or without certificate."""
-        if precision != "fp32":
-            raise EngineError(
-                "no-certificate",
-                f"expected a certificate for openvino at {precision}, found none: use --precision fp32",
-            )
+        check_precision(self.name, precision)
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": self.threads,
@@ -40,6 +36,7 @@ class OpenVinoEngine:
         try:
             core = openvino.Core()
             model = core.read_model(network, b"")
+            check_ends(len(model.inputs), len(model.outputs))
             channels = model.input(0).partial_shape[1]
             model.reshape([batch, channels, *window])
             compiled = core.compile_model(model, "CPU", settings)
