@@ -7,6 +7,7 @@ The hospital that validates an entry on its own labels and the workshop that tra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -94,8 +95,10 @@ def read_dataset(root: Path) -> Dataset:
         raise DatasetError("dataset-invalid", f"expected an MSD task folder, found no dataset.json in {root}")
     parsed = read_json(root / "dataset.json", _DatasetFile, DatasetError, "dataset-invalid")
     cases = sorted((_case(root, pair) for pair in parsed.training), key=lambda case: case.id)
-    if len({case.id for case in cases}) != len(cases):
-        raise DatasetError("dataset-invalid", f"expected distinct case ids in {root / 'dataset.json'}")
+    if twice := [a.id for a, b in pairwise(cases) if a.id == b.id]:
+        raise DatasetError(
+            "dataset-invalid", f"expected distinct case ids in {root / 'dataset.json'}, found two {twice[0]}"
+        )
     try:
         labels = {int(value): name for value, name in sorted(parsed.labels.items()) if int(value) != 0}
         channels = tuple(parsed.modality[str(n)] for n in range(len(parsed.modality)))
@@ -110,8 +113,10 @@ def _case(root: Path, pair: _Pair) -> Case:
     name = PurePosixPath(pair.image).name.removesuffix(".gz").removesuffix(".nii")
     files = []
     for kind, relative in (("image", pair.image), ("label", pair.label)):
-        path = root / relative
-        if ".." in PurePosixPath(relative).parts or not path.is_file():
+        path, pure = root / relative, PurePosixPath(relative)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise DatasetError("case-invalid", f"expected the {kind} of case {name} inside {root}, found {relative}")
+        if not path.is_file():
             raise DatasetError("case-invalid", f"expected the {kind} of case {name} at {path}, found no file")
         files.append(path)
     return Case(name, *files)

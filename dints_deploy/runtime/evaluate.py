@@ -9,7 +9,7 @@ from typing import Any
 from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.dataset import Case, Dataset, read_case
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.errors import DatasetError
+from dints_deploy.errors import DatasetError, ScanRefused
 from dints_deploy.files import sha256_file
 from dints_deploy.runtime.accepts import check_accepts
 from dints_deploy.runtime.engine import Session
@@ -50,14 +50,18 @@ def evaluate(
         progress: called after every case.
 
     Raises:
-        DatasetError: `case-invalid`, naming the case. ScanRefused: the entry does not accept a case.
+        DatasetError: `case-invalid`, naming the case. ScanRefused: the entry does not accept a
+            case; it is named.
     """
     names = {label.value: label.name for label in spec.labels}
     scores: dict[str, CaseScores] = {}
     for number, case in enumerate(cases, start=1):
         scan, reference = read_case(case, names)
-        check_accepts(scan, spec)
-        prepared = prepare(scan, spec.preparation)
+        try:
+            check_accepts(scan, spec)
+            prepared = prepare(scan, spec.preparation)
+        except ScanRefused as refusal:
+            raise ScanRefused(refusal.code, f"case {case.id}: {refusal.message}") from refusal
         result = run(prepared, spec, sessions, window_starts(prepared.grid.shape, spec.window, spec.overlap))
         scores[case.id] = score_case(
             result.labels.data[0],
