@@ -7,7 +7,7 @@ on each line, and it is what all UIDs of the result are derived from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -27,7 +27,9 @@ PURPOSE: Final = ("109102", "DCM", "Processing Equipment")
 DESCRIPTION_BYTES: Final = 1024
 """Longest short text (PS3.5 6.2, ST); longer provenance goes on in a further item."""
 
-WEIGHTS_SEPARATOR: Final = " "
+SEVERAL: Final = ("weights", "input")
+SEPARATOR: Final = " "
+"""Fields that hold several digests, and what stands between them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Provenance:
         weights: digests of the members' ONNX files, in the entry's order.
         engine: name and version of what ran them.
         precision: that it ran at.
-        input: digest of `input_digest`.
+        input: `input_digest` of each channel, in the entry's order.
         mask: digest of `mask_digest`.
         software: version of dints-deploy.
     """
@@ -52,7 +54,7 @@ class Provenance:
     weights: tuple[str, ...] = ()
     engine: str = ""
     precision: str = ""
-    input: str = ""
+    input: tuple[str, ...] = ()
     mask: str = ""
     software: str = ""
 
@@ -64,11 +66,10 @@ class Provenance:
     def parameters(self) -> dict[str, str]:
         """Return the fields that have a value, as text."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["weights"] = WEIGHTS_SEPARATOR.join(self.weights)
-        return {key: value for key, value in values.items() if value}
+        return {key: SEPARATOR.join(value) if key in SEVERAL else value for key, value in values.items() if value}
 
 
-def provenance_of(record: Mapping[str, Any], *, input_sha256: str, mask_sha256: str) -> Provenance:
+def provenance_of(record: Mapping[str, Any], *, input_sha256: Sequence[str], mask_sha256: str) -> Provenance:
     """Return the provenance that a record of `runtime.report.describe` tells."""
     model, engine = record["model"], record["engine"]
     return Provenance(
@@ -78,7 +79,7 @@ def provenance_of(record: Mapping[str, Any], *, input_sha256: str, mask_sha256: 
         weights=tuple(model["weights_sha256"]),
         engine=f"{engine['name']} {engine['version']}",
         precision=engine["precision"],
-        input=input_sha256,
+        input=tuple(input_sha256),
         mask=mask_sha256,
         software=record["software"][SOFTWARE],
     )
@@ -107,37 +108,35 @@ def read_provenance(dataset: Dataset) -> Provenance | None:
     values: dict[str, str] = {}
     for key, value in lines:
         if key in known:
-            values[key] = f"{values[key]}{WEIGHTS_SEPARATOR}{value}" if key in values else value
+            values[key] = f"{values[key]}{SEPARATOR}{value}" if key in values else value
     if "entry" not in values or "version" not in values:
         return None
-    weights = tuple(values.pop("weights", "").split())
-    return Provenance(**values, weights=weights)
+    several = {key: tuple(values.pop(key, "").split()) for key in SEVERAL}
+    return Provenance(**values, **several)  # type: ignore[arg-type]
 
 
-def input_digest(volumes: Iterable[DicomVolume], *, decoders: Decoders | None = None) -> str:
-    """Return the digest of the source planes: instance, frame, geometry and modality values, in order along the normal.
+def input_digest(volume: DicomVolume, *, decoders: Decoders | None = None) -> str:
+    """Return the digest of a source: instance, frame, geometry and modality values of its planes in order.
 
     It does not depend on the files' transfer syntax or other attributes, nor on what was regularised: a series fetched
     from an archive again has the same digest.
     """
+    if volume.regularised:
+        values = decode([plane.header for plane in volume.planes], decoders=decoders)
+    else:
+        values = volume.volume.data[0].transpose(2, 1, 0)  # (K, J, I): planes, rows, columns
+    return planes_digest(volume.planes, values)
+
+
+def planes_digest(planes: Sequence[Plane], values: NDArray[np.float32]) -> str:
+    """Return the digest of source planes with their modality values (planes, rows, columns)."""
     digest = hashlib.sha256()
-    for volume in volumes:
-        if volume.regularised:
-            values = decode([plane.header for plane in volume.planes], decoders=decoders)
-        else:
-            values = volume.volume.data[0].transpose(2, 1, 0)  # (K, J, I): planes, rows, columns
-        for plane, pixels in zip(volume.planes, values, strict=True):
-            digest.update(plane_digest(plane, pixels))
+    for plane, pixels in zip(planes, values, strict=True):
+        header = plane.header
+        place = (header.ImagePositionPatient, header.ImageOrientationPatient, header.PixelSpacing)
+        digest.update(f"{header.SOPInstanceUID} {header.frame} {place} {pixels.shape}".encode())
+        digest.update(np.ascontiguousarray(pixels, dtype="<f4").data)
     return digest.hexdigest()
-
-
-def plane_digest(plane: Plane, pixels: NDArray[np.float32]) -> bytes:
-    """Return the digest of one source plane: its name, its place and its modality values (rows, columns)."""
-    header = plane.header
-    place = (header.ImagePositionPatient, header.ImageOrientationPatient, header.PixelSpacing)
-    digest = hashlib.sha256(f"{header.SOPInstanceUID} {header.frame} {place} {pixels.shape}".encode())
-    digest.update(np.ascontiguousarray(pixels, dtype="<f4").data)
-    return digest.digest()
 
 
 def mask_digest(planes: Iterable[tuple[str, int, NDArray[Any]]]) -> str:
@@ -157,8 +156,8 @@ def _pieces(line: str) -> list[str]:
     """Return a line that may be too long for one item as lines with the same key, broken between words."""
     key, _, value = line.partition("=")
     texts = [""]
-    for word in value.split(WEIGHTS_SEPARATOR):
-        joined = f"{texts[-1]}{WEIGHTS_SEPARATOR}{word}".strip()
+    for word in value.split(SEPARATOR):
+        joined = f"{texts[-1]}{SEPARATOR}{word}".strip()
         if len(f"{key}={joined}".encode()) <= DESCRIPTION_BYTES:
             texts[-1] = joined
         else:

@@ -1,0 +1,145 @@
+"""A mask on its way into DICOM objects: on the source's own planes, with everything that an object says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from dints_deploy.catalog.entry import Entry
+from dints_deploy.dicom.bounded import quiet, read_header
+from dints_deploy.dicom.decoders import Decoders
+from dints_deploy.dicom.header import Plane
+from dints_deploy.dicom.provenance import Provenance, input_digest, mask_digest, provenance_of
+from dints_deploy.dicom.read import DicomVolume
+from dints_deploy.dicom.uid import derived_uid
+from dints_deploy.errors import OutputError
+from dints_deploy.imaging.volume import Volume
+
+SegmentationType = Literal["BINARY", "LABELMAP"]
+
+
+@dataclass(frozen=True, eq=False)
+class DicomResult:
+    """Everything that the written objects say. Build it with `dicom_result`.
+
+    Attributes:
+        volume: the source, channel 0 of the entry.
+        labels: (1, I, J, K) label values on the volume's grid.
+        segments: (planes, rows, columns) segment numbers on the source's planes, in the order of `volume.planes`;
+            segment n is the entry's n-th label, 0 is background (PS3.3 C.8.20.2: numbers run from 1 by 1).
+        entry: names, codes and colours of the labels.
+        volumes_ml: label id -> millilitres.
+        provenance: what made the mask.
+        header: data set of the first source file up to its pixels: patient and study.
+        when: date and time in the objects; an argument, so that two runs write the same bytes.
+        segmentation_type: of the SEG (PS3.3 C.8.20.2.3).
+    """
+
+    volume: DicomVolume
+    labels: Volume
+    segments: NDArray[Any]
+    entry: Entry
+    volumes_ml: Mapping[str, float]
+    provenance: Provenance
+    header: Dataset
+    when: datetime
+    segmentation_type: SegmentationType = "BINARY"
+
+    @cached_property
+    def empty(self) -> bool:
+        """Return whether nothing was found: no SEG and no RTSTRUCT can say that (a SEG has at least one frame)."""
+        return not self.segments.any()
+
+    @cached_property
+    def present(self) -> frozenset[int]:
+        """Return the segment numbers that have at least one pixel on a source plane."""
+        return frozenset(np.flatnonzero(np.bincount(self.segments.ravel())).tolist()) - {0}
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Return the source's planes in order along the normal."""
+        return self.volume.planes
+
+    @property
+    def study(self) -> str:
+        """Return the source's StudyInstanceUID, or one derived from its instances where an anonymiser took it away."""
+        return self.volume.series.StudyInstanceUID or self._derived("study")
+
+    @property
+    def series(self) -> str:
+        """Return the source's SeriesInstanceUID, or one derived from its instances."""
+        return self.volume.series.SeriesInstanceUID or self._derived("series")
+
+    @property
+    def frame_of_reference(self) -> str:
+        """Return the source's FrameOfReferenceUID, or one derived from its instances."""
+        return self.planes[0].header.FrameOfReferenceUID or self._derived("frame of reference")
+
+    def _derived(self, what: str) -> str:
+        return derived_uid(what, min(plane.header.SOPInstanceUID for plane in self.planes))
+
+    def uid(self, *parts: str) -> str:
+        """Return the UID of a part of this result, such as ("seg",) or ("seg", "series")."""
+        return derived_uid(self.provenance.identity, *parts)
+
+
+def dicom_result(
+    volumes: Sequence[DicomVolume],
+    labels: Volume,
+    entry: Entry,
+    record: Mapping[str, Any],
+    *,
+    volumes_ml: Mapping[str, float],
+    when: datetime,
+    segmentation_type: SegmentationType = "BINARY",
+    decoders: Decoders | None = None,
+) -> DicomResult:
+    """Bring a label map back to the planes of its source and describe it.
+
+    Args:
+        volumes: the source of each channel, in the entry's order; objects are written in the geometry of the first.
+        labels: (1, I, J, K) on the grid of the first volume.
+        record: of `runtime.report.describe`.
+        volumes_ml: label id -> millilitres, as measured on `labels`.
+        when: date and time of the objects.
+        decoders: processes for compressed pixels, needed again only where the source was regularised.
+
+    Raises:
+        OutputError: `output-object` where the source lacks the SOPInstanceUIDs that objects refer to, or the mask has
+            values that are no labels.
+    """
+    source = volumes[0]
+    if not all(plane.header.SOPInstanceUID for plane in source.planes):
+        raise OutputError("output-object", "expected SOPInstanceUIDs in the source, found none: write NIfTI instead")
+    segments = np.stack(source.to_source(_segment_numbers(labels, entry)))  # (planes, rows, columns)
+    inputs = [input_digest(volume, decoders=decoders) for volume in volumes]
+    provenance = provenance_of(record, input_sha256=inputs, mask_sha256=mask_digest(_named(source, segments)))
+    with quiet():
+        header = read_header(source.planes[0].header.path).dataset
+    return DicomResult(source, labels, segments, entry, volumes_ml, provenance, header, when, segmentation_type)
+
+
+def _segment_numbers(labels: Volume, entry: Entry) -> NDArray[Any]:
+    """Return (I, J, K) segment numbers of label values."""
+    numbers = np.zeros(int(labels.data.max()) + 1, dtype=np.uint8 if len(entry.labels) < 256 else np.uint16)
+    present = np.flatnonzero(np.bincount(labels.data.ravel()))
+    known = {label.value for label in entry.labels}
+    if unknown := set(present.tolist()) - known - {0}:
+        raise OutputError("output-object", f"expected the entry's labels in the mask, found {sorted(unknown)}")
+    for number, label in enumerate(entry.labels, start=1):
+        if label.value < len(numbers):
+            numbers[label.value] = number
+    mapped: NDArray[Any] = numbers[labels.data[0]]
+    return mapped
+
+
+def _named(volume: DicomVolume, segments: NDArray[Any]) -> list[tuple[str, int, NDArray[Any]]]:
+    headers = [plane.header for plane in volume.planes]
+    return [(header.SOPInstanceUID, header.frame, plane) for header, plane in zip(headers, segments, strict=True)]
