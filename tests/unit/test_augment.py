@@ -1,0 +1,199 @@
+"""Patches are a pure function of seed and index, and a label stays where its image goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from dints_search.augment import Augmenter
+from dints_search.dataset import Patches, TrainingCase
+from dints_search.recipe import Augmentation
+from dints_search.retrain import batches
+
+OFF: dict[str, Any] = {
+    "affine": 0, "elastic": 0, "noise": 0, "blur": 0, "low_resolution": 0, "brightness": 0, "gamma": 0, "mirror": [],
+}  # fmt: skip
+NOTHING = Augmentation(**OFF)
+THRESHOLD = 0.5
+WINDOW = (16, 16, 16)
+
+
+def only(**on: Any) -> Augmentation:
+    """Return settings with nothing on but what is named."""
+    return Augmentation(**(OFF | on))
+
+
+def phantom(seed: int = 0, size: tuple[int, ...] = (40, 38, 42)) -> tuple[Tensor, Tensor]:
+    """Return a smooth image (1, I, J, K) that fades to 0 at its border, and where it is above THRESHOLD."""
+    image = gaussian_filter(np.random.default_rng(seed).normal(size=size), 4.0)
+    image /= image.std()
+    for axis, n in enumerate(size):
+        fade = np.clip((np.minimum(np.arange(n), n - 1 - np.arange(n)) - 2) / 6, 0, 1)
+        image *= np.expand_dims(fade**2 * (3 - 2 * fade), [other for other in range(3) if other != axis])
+    label = (image > THRESHOLD).astype(np.uint8)
+    return torch.from_numpy(image.astype(np.float32)[np.newaxis]), torch.from_numpy(label[np.newaxis])
+
+
+def cases(count: int = 3, size: tuple[int, ...] = (20, 19, 22)) -> list[TrainingCase]:
+    """Return cases whose image tells the voxel: its case, and its place in the case."""
+    places = np.arange(np.prod(size), dtype=np.float32).reshape(size)
+    label = np.zeros(size, np.uint8)
+    label[14, 9, 12] = 1
+    return [TrainingCase(f"case{n}", (places + n * 100_000)[np.newaxis], label) for n in range(count)]
+
+
+def patches(settings: Augmentation = NOTHING, *, seed: int = 5, foreground: float = 0.5, length: int = 12) -> Patches:
+    return Patches(
+        cases(), window=WINDOW, foreground=foreground, augmenter=Augmenter(settings), seed=seed, length=length
+    )
+
+
+def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_a_patch_depends_on_its_seed_and_index_alone() -> None:
+    settings = Augmentation(elastic=0.5)
+    first = patches(settings)
+    expected = [first[n] for n in range(12)]
+    again = patches(settings)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    backwards = [again[n] for n in reversed(range(12))][::-1]
+    assert all(same(a, b) for a, b in zip(expected, backwards, strict=True))
+    assert not any(same(expected[a], expected[b]) for a in range(12) for b in range(a))
+    other = patches(settings, seed=6)
+    assert not any(same(expected[n], other[n]) for n in range(12))
+
+
+def test_drawing_a_patch_leaves_the_global_random_state_alone() -> None:
+    source = patches(Augmentation(elastic=1.0, affine=1.0))
+    state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
+    assert source[0][0].shape == (1, *WINDOW)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy_state)
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_any_place_to_start() -> None:
+    source = patches(Augmentation())
+    expected = [(torch.stack([source[n][0], source[n + 1][0]]), torch.stack([source[n][1], source[n + 1][1]]))
+                for n in range(0, 12, 2)]  # fmt: skip
+    for workers, first in [(0, 0), (1, 0), (0, 4), (1, 4), (1, 6)]:
+        found = list(batches(source, 2, first=first, workers=workers))
+        assert len(found) == 6 - first
+        assert all(same(a, b) for a, b in zip(found, expected[first:], strict=True))
+
+
+def test_every_epoch_visits_every_case_once_in_an_order_of_its_own() -> None:
+    source = patches(length=60)
+    visited = [int(source[n][0].min()) // 100_000 for n in range(60)]
+    epochs = [tuple(visited[n : n + 3]) for n in range(0, 60, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs)
+    assert len(set(epochs)) > 3
+
+
+def test_without_augmentation_a_patch_is_cut_from_the_scan_and_its_label_with_it() -> None:
+    whole = cases()[0]
+    starts = set()
+    for index in range(30):
+        image, label = patches(length=30)[index]
+        assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
+        start = np.unravel_index(int(image[0, 0, 0, 0]) % 100_000, (20, 19, 22))
+        box = tuple(slice(a, a + w) for a, w in zip(start, WINDOW, strict=True))
+        assert np.array_equal(image[0] % 100_000, whole.image[0][box])
+        assert np.array_equal(label[0], whole.label[box])
+        starts.add(start)
+    assert len(starts) > 5
+
+
+def test_a_foreground_patch_has_a_labelled_voxel_in_its_middle_as_far_as_the_scan_goes() -> None:
+    for index in range(12):
+        _, label = patches(foreground=1.0)[index]
+        # the voxel (14, 9, 12) would start a patch at (6, 1, 4); a scan of 20 x 19 x 22 has room for at most (4, 3, 6)
+        assert label[0, 10, 8, 8] == 1
+    assert {int(patches(foreground=0.0, length=40)[n][1].argmax()) for n in range(40)} != {0}
+    assert len({int(patches(foreground=0.0, length=40)[n][1].argmax()) for n in range(40)}) > 10
+
+
+def test_with_everything_off_nothing_changes() -> None:
+    image, label = phantom()
+    changed = Augmenter(NOTHING)(image, label, seed=1)
+    assert torch.equal(changed[0], image)
+    assert torch.equal(changed[1], label)
+
+
+SPATIAL = {
+    "affine": only(affine=1, rotation=0.6, scaling=0.3, translation=5),
+    "elastic": only(elastic=1),
+    "all": only(affine=1, elastic=1, mirror=["i", "j", "k"]),
+}
+
+
+@pytest.mark.parametrize("name", SPATIAL)
+def test_a_label_stays_on_its_image(name: str) -> None:
+    augment = Augmenter(SPATIAL[name])
+    wrong, left_behind = [], []
+    for seed in range(6):
+        image, label = phantom(seed)
+        moved, moved_label = augment(image, label, seed=seed)
+        assert moved.shape == image.shape
+        assert int(moved_label.max()) == 1
+        # near the threshold a voxel may fall to either side: the image is interpolated, the label taken nearest
+        clear = (moved - THRESHOLD).abs() > 0.3
+        astray = (moved_label > 0) != (moved > THRESHOLD)
+        assert clear.float().mean() > 0.8
+        assert astray[clear].float().mean() < 1e-3
+        wrong.append(float(astray.float().mean()))
+        left_behind.append(float(((label > 0) != (moved > THRESHOLD)).float().mean()))
+    assert np.mean(wrong) < 0.03
+    assert np.mean(wrong) < 0.7 * np.mean(left_behind)  # it moved: a label that stays behind would be seen
+
+
+def test_only_the_named_axes_are_mirrored_and_each_of_them_sometimes() -> None:
+    image, label = phantom()
+    augment = Augmenter(only(mirror=["i", "k"]))
+    allowed = [(), (1,), (3,), (1, 3)]
+    found = set()
+    for seed in range(24):
+        moved, moved_label = augment(image, label, seed=seed)
+        [flips] = [flips for flips in allowed if torch.equal(moved, torch.flip(image, flips))]
+        assert torch.equal(moved_label, torch.flip(label, flips))
+        found.add(flips)
+    assert found == set(allowed)
+
+
+INTENSITY = {
+    "noise": only(noise=1),
+    "blur": only(blur=1),
+    "low resolution": only(low_resolution=1),
+    "brightness": only(brightness=1),
+    "gamma": only(gamma=1),
+}
+
+
+@pytest.mark.parametrize("name", INTENSITY)
+def test_a_change_of_intensity_changes_the_image_and_never_the_label(name: str) -> None:
+    image, label = phantom()
+    before = image.clone()
+    changed, same_label = Augmenter(INTENSITY[name])(image, label, seed=3)
+    assert torch.equal(same_label, label)
+    assert changed.shape == image.shape
+    assert changed.dtype == torch.float32
+    assert torch.isfinite(changed).all()
+    assert 1e-3 < (changed - image).abs().mean() < 1.0
+    correlation = np.corrcoef(changed.flatten(), image.flatten())[0, 1]
+    assert correlation > 0.9  # the same scan, seen worse
+    assert torch.equal(image, before)
+
+
+def test_equal_seeds_give_equal_results_and_others_do_not() -> None:
+    image, label = phantom()
+    augment = Augmenter(Augmentation(affine=1, noise=1))
+    first, again, other = (augment(image, label, seed=seed) for seed in (7, 7, 8))
+    assert same(first, again)
+    assert not torch.equal(first[0], other[0])
