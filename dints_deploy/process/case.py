@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Request:
         formats: of `outputs.OUTPUTS`, in order.
         labels_path: of the NIfTI output where the user named it.
         engine, precision, device, threads, max_ram_bytes: as for `segment`.
+        when: date and time in DICOM objects; given, two runs write the same bytes.
     """
 
     channels: Mapping[str, Path]
@@ -39,6 +41,7 @@ class Request:
     device: str = "cpu"
     threads: int | None = None
     max_ram_bytes: int | None = None
+    when: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +90,10 @@ def process_case(
         parity = parity_status(entry, segmentation.session)
         record = describe(segmentation, entry, source.scan, input_digests=source.digests, parity=parity)
         record |= _about_series(source)
-        result = Result(request.stem, request.labels_path, entry, source, segmentation, record)
-        return Outcome(record, write_outputs(result, request.formats))
+        result = Result(
+            request.stem, request.labels_path, entry, source, segmentation, record, request.when, request.formats
+        )
+        return Outcome(record, write_outputs(result))
 
 
 def _about_series(source: Source) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -17,10 +19,18 @@ from dints_deploy.imaging.nifti import read_nifti, write_nifti
 from dints_deploy.process.source import Source
 from dints_deploy.runtime.segment import Segmentation
 
+if TYPE_CHECKING:
+    from dints_deploy.dicom.result import DicomResult, SegmentationType
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Everything that an output may show."""
+    """Everything that an output may show.
+
+    Attributes:
+        when: date and time in DICOM objects.
+        formats: all that are asked for: a measurement report refers to the SEG that is written beside it.
+    """
 
     stem: Path
     labels_path: Path | None
@@ -28,24 +38,50 @@ class Result:
     source: Source
     segmentation: Segmentation
     record: dict[str, Any]
+    when: datetime
+    formats: tuple[str, ...]
 
     def path(self, suffix: str) -> Path:
         """Return the path of an output."""
         return self.stem.with_name(self.stem.name + suffix)
 
+    @cached_property
+    def dicom(self) -> DicomResult:
+        """Return the mask on the planes of its source series, ready for DICOM objects.
+
+        Raises:
+            UsageError: `usage` where the source is no DICOM series.
+        """
+        if not self.source.dicom:
+            raise UsageError("usage", "expected a DICOM source for DICOM outputs, found NIfTI: use --to nifti")
+        from dints_deploy.dicom.result import dicom_result
+
+        kind: SegmentationType = "LABELMAP" if "dicom-labelmap" in self.formats else "BINARY"
+        return dicom_result(
+            list(self.source.dicom.values()),
+            self.segmentation.labels,
+            self.entry.spec,
+            self.record,
+            volumes_ml=self.segmentation.volumes_ml,
+            when=self.when,
+            segmentation_type=kind,
+        )
+
 
 def check_formats(formats: tuple[str, ...]) -> None:
     """Refuse an output format that is not known; raise `UsageError`."""
+    if set(formats) >= SEG_FORMATS:
+        raise UsageError("usage", "expected dicom-seg or dicom-labelmap, found both: they are two forms of one object")
     unknown = [name for name in formats if name not in OUTPUTS]
     if unknown or not formats:
         raise UsageError("usage", f"expected outputs of {', '.join(OUTPUTS)}, found {', '.join(unknown) or 'none'}")
 
 
-def write_outputs(result: Result, formats: tuple[str, ...]) -> dict[str, Path]:
-    """Write every format; when one fails, remove those already written."""
+def write_outputs(result: Result) -> dict[str, Path]:
+    """Write every format asked for; when one fails, remove those already written."""
     files: dict[str, Path] = {}
     with ExitStack() as undo:
-        for name in formats:
+        for name in result.formats:
             files[name] = OUTPUTS[name](result)
             undo.callback(files[name].unlink, missing_ok=True)
         undo.pop_all()
@@ -86,5 +122,41 @@ def _html(result: Result) -> Path:
     return path
 
 
-OUTPUTS: Final[dict[str, Callable[[Result], Path]]] = {"nifti": _nifti, "preview": _preview, "html": _html}
+def _seg(result: Result) -> Path:
+    from dints_deploy.dicom.seg import write_seg
+
+    return write_seg(result.dicom, result.path(".seg.dcm"))
+
+
+def _sr(result: Result) -> Path:
+    from dints_deploy.dicom.measure import write_sr
+
+    return write_sr(result.dicom, result.path(".sr.dcm"), segmentation=bool(SEG_FORMATS & set(result.formats)))
+
+
+def _rtstruct(result: Result) -> Path:
+    from dints_deploy.dicom.rtstruct import write_rtstruct
+
+    return write_rtstruct(result.dicom, result.path(".rtstruct.dcm"))
+
+
+def _sc(result: Result) -> Path:
+    from dints_deploy.dicom.capture import write_sc
+
+    return write_sc(result.dicom, result.path(".sc.dcm"))
+
+
+SEG_FORMATS: Final = {"dicom-seg", "dicom-labelmap"}
+"""Two forms of one SEG: asked for both, `check_formats` refuses."""
+
+OUTPUTS: Final[dict[str, Callable[[Result], Path]]] = {
+    "nifti": _nifti,
+    "dicom-seg": _seg,
+    "dicom-labelmap": _seg,
+    "dicom-sr": _sr,
+    "rtstruct": _rtstruct,
+    "dicom-sc": _sc,
+    "preview": _preview,
+    "html": _html,
+}
 """Output format -> what writes it and returns its path."""
