@@ -12,6 +12,7 @@ from dints_deploy.cli.export import export_command
 from dints_deploy.cli.publish import publish_command
 from dints_deploy.cli.retrain import retrain_command
 from dints_deploy.cli.segment import segment_command
+from dints_deploy.cli.verify import verify_command
 from dints_deploy.cli.zoo import zoo_app
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command("segment")(segment_command)
 app.command("evaluate")(evaluate_command)
+app.command("verify")(verify_command)
 app.command("retrain")(retrain_command)
 app.command("publish")(publish_command)
 app.command("export")(export_command)
