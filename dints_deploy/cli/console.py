@@ -22,6 +22,8 @@ PLAIN_LINE_SECONDS = 10
 
 def say(text: object = "") -> None:
     """Print text or a rich renderable on standard output; text is not marked up."""
+    if isinstance(text, str):
+        text = "\n".join(printable(line) for line in text.split("\n"))
     Console(soft_wrap=isinstance(text, str)).print(text, markup=False, highlight=False, emoji=False)
 
 
@@ -31,8 +33,13 @@ def say_json(document: Any) -> None:
 
 
 def say_error(error: DintsError, about: str = "") -> None:
-    """Print an error on standard error: where, the sentence, the reason code."""
-    sys.stderr.write(f"error: {about + ': ' if about else ''}{error}\n")
+    """Print an error on standard error, in one line: where, the sentence, the reason code."""
+    sys.stderr.write(printable(f"error: {about + ': ' if about else ''}{error}") + "\n")
+
+
+def printable(text: str) -> str:
+    """Return text with control characters and broken bytes as escapes: names of files can hold any."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
@@ -51,13 +58,13 @@ def failing(as_json: bool) -> Iterator[None]:
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function of (done, total): a bar with the time left on a terminal, a line now and then elsewhere."""
     if not sys.stderr.isatty():
-        yield _plain(title)
+        yield _plain(printable(title))
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(printable(title), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

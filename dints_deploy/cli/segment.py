@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from dints_deploy.catalog.catalog import LoadedEntry, entry_folders, load_entry, read_entry
 from dints_deploy.catalog.entry import RESEARCH_USE
-from dints_deploy.cli.console import JsonOption, failing, progress, say, say_error, say_json
+from dints_deploy.cli.console import JsonOption, failing, printable, progress, say, say_error, say_json
 from dints_deploy.errors import DintsError, ScanRefused, UsageError
 from dints_deploy.process.case import Outcome, Request, process_case
 from dints_deploy.process.outputs import check_formats
@@ -60,7 +61,7 @@ def segment_command(
         }
         entries = Entries(model)
         results = [_run(case, settings, entries, quiet=as_json) for case in cases]
-        code = exit_code([error for _, error in results])
+        code = exit_code([result if isinstance(result, DintsError) else None for result in results])
         if as_json:
             say_json({"exit_code": code, "cases": [_as_json(c, r) for c, r in zip(cases, results, strict=True)]})
         raise typer.Exit(code)
@@ -105,10 +106,26 @@ def plan_cases(scans: list[Path], channels: list[str], output: Path | None) -> l
     if bool(scans) == bool(channels):
         raise UsageError("usage", "expected SCANs or --channel NAME=FILE, one of the two: see --help")
     inputs = [{"": scan} for scan in scans] or [_parse_channels(channels)]
-    cases = [_plan(channel_files, output, single=len(inputs) == 1) for channel_files in inputs]
+    if len(inputs) > 1 and output is not None and _is_file_name(output):
+        raise UsageError("usage", f"expected a folder after -o for {len(inputs)} scans, found the file {output}")
+    cases = [_plan(channel_files, output) for channel_files in inputs]
     if len({case.stem for case in cases}) != len(cases):
         raise UsageError("usage", "expected scans with distinct names, two would write the same file: run them apart")
+    _check_not_inputs(cases)
     return cases
+
+
+def _check_not_inputs(cases: list[PlannedCase]) -> None:
+    """Refuse to write labels over a scan."""
+    inputs = {os.path.realpath(path) for case in cases for path in case.channels.values()}
+    for case in cases:
+        labels = case.labels_path or case.stem.with_name(f"{case.stem.name}.nii.gz")
+        if os.path.realpath(labels) in inputs:
+            raise UsageError("usage", f"expected an output that is not a scan, found {labels}: choose another with -o")
+
+
+def _is_file_name(output: Path) -> bool:
+    return output.name.lower().endswith(NIFTI_SUFFIXES) and not output.is_dir()
 
 
 def _parse_channels(channels: list[str]) -> dict[str, Path]:
@@ -118,17 +135,15 @@ def _parse_channels(channels: list[str]) -> dict[str, Path]:
     return {name: Path(file) for name, _, file in pairs}
 
 
-def _plan(channels: dict[str, Path], output: Path | None, *, single: bool) -> PlannedCase:
+def _plan(channels: dict[str, Path], output: Path | None) -> PlannedCase:
     first = next(iter(channels.values()))
-    if output is not None and single and output.name.lower().endswith(NIFTI_SUFFIXES):
+    if output is not None and _is_file_name(output):
         return PlannedCase(channels, first.name, output.with_name(output_stem(output)), output)
     folder = output or Path()
     return PlannedCase(channels, first.name, folder / f"{output_stem(first)}_seg", None)
 
 
-def _run(
-    case: PlannedCase, settings: dict[str, Any], entries: Entries, *, quiet: bool
-) -> tuple[Outcome | None, DintsError | None]:
+def _run(case: PlannedCase, settings: dict[str, Any], entries: Entries, *, quiet: bool) -> Outcome | DintsError:
     """Process one case; an error of this case does not end the call."""
     try:
         with progress(case.name) as report:
@@ -136,32 +151,33 @@ def _run(
             outcome = process_case(request, entries.candidates, entries.load, progress=report)
     except DintsError as error:
         say_error(error, case.name)
-        return None, error
+        return error
     if not quiet:
         _show(case, outcome)
-    return outcome, None
+    return outcome
 
 
 def _show(case: PlannedCase, outcome: Outcome) -> None:
     record = outcome.record
     engine, model = record["engine"], record["model"]
     volumes = ", ".join(f"{s['name']} {s['volume_ml']:.3f} mL" for s in record["structures"])
-    say(f"{case.name}: {volumes}")
-    say(f"  {model['entry']} {model['version']}, {engine['name']} {engine['precision']} ({engine['why']})")
-    for line in record.get("series", {}).get("not_chosen", []):
-        say(f"  not taken: {line}")
-    for path in outcome.files.values():
-        say(f"  {path}")
-    say(f"  {RESEARCH_USE}")
+    lines = [
+        f"{case.name}: {volumes}",
+        f"  {model['entry']} {model['version']}, {engine['name']} {engine['precision']} ({engine['why']})",
+        *[f"  not taken: {line}" for line in record.get("series", {}).get("not_chosen", [])],
+        *[f"  {path}" for path in outcome.files.values()],
+        f"  {RESEARCH_USE}",
+    ]
+    for line in lines:
+        say(printable(line))
 
 
-def _as_json(case: PlannedCase, result: tuple[Outcome | None, DintsError | None]) -> dict[str, Any]:
-    outcome, error = result
-    if error is not None or outcome is None:
-        status = "refused" if isinstance(error, ScanRefused) else "failed"
-        return {"scan": case.name, "status": status, "code": getattr(error, "code", ""), "message": str(error)}
-    files = {name: str(path) for name, path in outcome.files.items()}
-    return {"scan": case.name, "status": "done", "files": files, **outcome.record}
+def _as_json(case: PlannedCase, result: Outcome | DintsError) -> dict[str, Any]:
+    if isinstance(result, DintsError):
+        status = "refused" if isinstance(result, ScanRefused) else "failed"
+        return {"case": case.name, "status": status, "code": result.code, "message": result.message}
+    files = {name: str(path) for name, path in result.files.items()}
+    return {"case": case.name, "status": "done", "files": files, **result.record}
 
 
 def exit_code(errors: list[DintsError | None]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import stat
 from pathlib import Path
@@ -173,10 +174,14 @@ def _parse(path: Path, raw: bytes) -> Any:
 
     header_bytes = HEADER_BYTES[raw[:4]]
     kind = Nifti1Header if header_bytes == 348 else Nifti2Header
+    quiet = logging.Logger(__name__)  # nibabel's remarks about a header would be lines beside the refusal
+    quiet.addHandler(logging.NullHandler())
     try:
-        return kind(raw[:header_bytes])
+        header = kind(raw[:header_bytes], check=False)
+        header.check_fix(logger=quiet)
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise ScanRefused("scan-format", f"expected a valid NIfTI header in {path.name}, found: {error}") from error
+    return header
 
 
 def _voxels(path: Path, header: Any, raw: bytes) -> NDArray[Any]:
