@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -86,6 +87,8 @@ class _Process:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
+        with contextlib.suppress(OSError):  # a wider pipe means fewer switches; the default works too
+            fcntl.fcntl(self.popen.stdout or -1, fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
         try:
             self._line(time.monotonic() + STARTING_SECONDS)
         except ScanRefused as refused:
