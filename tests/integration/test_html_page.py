@@ -23,6 +23,17 @@ HOSTILE = (
     "${{x}} $title &amp; \"'"
 )
 LABEL = "<img src={0}/d><b>Part"
+GRID = Grid((30, 36, 24), affine("LPS", (1, 1, 1.5), origin=(15, 18, -18)))
+"""30 x 36 x 36 mm: x from -14.5 to 15.5, y from -17.5 to 18.5, z from -18.75 to 17.25."""
+CENTRE, RADIUS = (4.0, -5.0, 3.0), 8.0
+LEFTWARDS, BACKWARDS, DOWNWARDS = (15.5 - 4) / 30, (18.5 + 5) / 36, (17.25 - 3) / 36
+"""Where the ball's centre lies, as shares of the way from right to left, front to back, and top to bottom."""
+PICTURES = {
+    "axial": (LEFTWARDS, BACKWARDS),
+    "coronal": (LEFTWARDS, DOWNWARDS),
+    "sagittal": (BACKWARDS, DOWNWARDS),
+}
+"""Picture -> where the ball must show, as shares of its width and height: right is left, anterior is left or up."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
         label = label_fields(1) | {"name": LABEL.format(server)}
         words = {"title": hostile, "intended_use": hostile, "not_for": hostile}
         machine.add(threshold_entry("hostile", labels=[label], **words))
-        grid = Grid((30, 36, 24), affine("LPS", (1, 1, 1.5), origin=(15, 18, -18)))
-        scan = THRESHOLD + 10 * depth_in_ball(grid, (2, -3, 1), 9)
-        path = write_scan(folder / "scan.nii.gz", scan.astype(np.float32), grid.affine)
+        scan = THRESHOLD + 10 * depth_in_ball(GRID, CENTRE, RADIUS)
+        path = write_scan(folder / "scan.nii.gz", scan.astype(np.float32), GRID.affine)
         done = machine.segment(path, "-o", folder / "out", "--to", "nifti,html")
         assert done.code == 0, done.err
         page = folder / "out" / "scan_seg.html"
@@ -79,7 +89,7 @@ def test_the_research_use_line_is_seen_without_scrolling_and_nothing_covers_it(s
     assert 0 < seen["height"] < seen["bottom"] <= seen["screen"]
 
 
-def test_three_pictures_are_there_and_show_the_structure_in_its_colour(shown: Shown) -> None:
+def test_three_pictures_show_the_structure_in_its_colour_and_on_its_side(shown: Shown) -> None:
     pictures = shown.browser.ask("""
         return [...document.images].map(image => {
             const canvas = document.createElement('canvas');
@@ -87,18 +97,24 @@ def test_three_pictures_are_there_and_show_the_structure_in_its_colour(shown: Sh
             const context = canvas.getContext('2d');
             context.drawImage(image, 0, 0);
             const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
-            let green = 0;
-            for (let n = 0; n < data.length; n += 4) green += data[n + 1] > (data[n] + data[n + 2]) / 2 + 30;
-            return {alt: image.alt, width: image.naturalWidth, complete: image.complete,
+            let green = 0, x = 0, y = 0;
+            for (let n = 0; n < data.length / 4; n++) {
+                if (data[4 * n + 1] <= (data[4 * n] + data[4 * n + 2]) / 2 + 30) continue;
+                green += 1;
+                x += (n % canvas.width + 0.5) / canvas.width;
+                y += (Math.floor(n / canvas.width) + 0.5) / canvas.height;
+            }
+            return {alt: image.alt, width: image.naturalWidth, complete: image.complete, x: x / green, y: y / green,
                     shown: image.getBoundingClientRect().width, share: green / (data.length / 4)};
         });
     """)
-    assert [picture["alt"] for picture in pictures] == ["axial", "coronal", "sagittal"]
+    assert [picture["alt"] for picture in pictures] == list(PICTURES)
     for picture in pictures:
         assert picture["complete"]
         assert picture["width"] > 100
         assert picture["shown"] > 100
-        assert 0.1 < picture["share"] < 0.5  # a ball of 18 mm in fields of 30 x 36 x 36 mm
+        assert 0.1 < picture["share"] < 0.3  # a ball of 16 mm in fields of 30 or 36 mm
+        assert (picture["x"], picture["y"]) == pytest.approx(PICTURES[picture["alt"]], abs=0.03)
 
 
 def test_the_volumes_shown_are_those_of_the_record(shown: Shown) -> None:
@@ -107,7 +123,7 @@ def test_the_volumes_shown_are_those_of_the_record(shown: Shown) -> None:
     """)
     expected = [[s["name"], f"{s['volume_ml']:.3f}"] for s in shown.record["structures"]]
     assert [[name.strip(), volume] for name, volume in rows] == expected
-    assert float(rows[0][1]) == pytest.approx(4 / 3 * np.pi * 0.9**3, rel=0.05)
+    assert float(rows[0][1]) == pytest.approx(4 / 3 * np.pi * (RADIUS / 10) ** 3, rel=0.05)
 
 
 def test_the_provenance_shown_is_that_of_the_record(shown: Shown) -> None:
