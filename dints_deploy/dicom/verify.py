@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
 
 from dints_deploy.catalog.catalog import LoadedEntry, load_entry
@@ -213,7 +214,8 @@ def _references(written: Any) -> set[str]:
         one = pending.pop()
         if uid := one.get("ReferencedSOPInstanceUID"):
             found.add(str(uid))
-        pending += [item for element in one if element.VR == "SQ" for item in element.value]
+        sequences = [tag for tag in list(one.keys()) if dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"]
+        pending += [item for tag in sequences for item in one[tag].value]
     return found
 
 
