@@ -37,7 +37,7 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def big_data() -> Path:
-    """The large real data beside the project: $DINTS_DATA, or ../shared/data; the test is skipped where there is none."""
+    """The large real data beside the project: $DINTS_DATA, or ../shared/data; without it the test is skipped."""
     folder = Path(os.environ.get("DINTS_DATA", HERE.parents[1] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no large data at {folder}: set DINTS_DATA")

@@ -70,7 +70,11 @@ def render_page(record: Mapping[str, Any], entry: Entry, pictures: Sequence[tupl
         f"<figcaption>{escape(caption)}</figcaption></figure>"
         for caption, image in pictures
     )
-    rows = [row for part in ("model", "engine", "parity", "scan", "software", "seconds") for row in _rows(part, record[part])]
+    rows = [
+        row
+        for part in ("model", "engine", "parity", "scan", "software", "seconds")
+        for row in _rows(part, record[part])
+    ]
     return PAGE.substitute(
         title=escape(entry.title),
         intended=escape(entry.intended_use),
