@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     patterns = [line.split("  ")[0] for line in lines if line and not line.startswith("#")]
     unknown = [name for name in SKIPPED if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     for name in unknown:
-        print(f"\nskipped without a line in tests/allowed_skips.txt: {name}")
+        sys.stderr.write(f"\nskipped without a line in tests/allowed_skips.txt: {name}\n")
     if unknown:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
