@@ -103,9 +103,18 @@ def header_affine(header: SliceHeader) -> NDArray[np.float64]:
     return plane_affine(header.ImagePositionPatient, header.ImageOrientationPatient, header.PixelSpacing)
 
 
-def inside(polygon: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
+def inside(polygon: NDArray[np.floating[Any]], shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Return which pixel centres (rows, columns) lie inside a polygon (n, 2) of columns and rows: odd crossings."""
-    rows, columns = shape
+    filled = np.zeros(shape, dtype=bool)
+    left, top = np.maximum(np.ceil(polygon.min(axis=0)), 0).astype(int)
+    right, bottom = np.minimum(np.floor(polygon.max(axis=0)) + 1, [shape[1], shape[0]]).astype(int)
+    if left < right and top < bottom:  # only the part that the polygon reaches
+        part = filled[top:bottom, left:right]
+        part[:] = _odd_crossings(polygon - np.array([left, top]), *part.shape)
+    return filled
+
+
+def _odd_crossings(polygon: NDArray[np.floating[Any]], rows: int, columns: int) -> NDArray[np.bool_]:
     x1, y1 = polygon.T
     x2, y2 = np.roll(polygon, -1, axis=0).T
     first = np.floor(np.minimum(y1, y2)).astype(int) + 1

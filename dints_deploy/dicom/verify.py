@@ -100,7 +100,7 @@ def verify_result(
         checks = [Check("provenance", True, f"{provenance.entry} {provenance.version}")]
         checks += _against_zoo(provenance, zoo)
         if kind != "refusal":
-            checks += _guarded("uid", lambda: _against_itself(written, kind, option, provenance))
+            checks += _guarded("object", lambda: _against_itself(written, kind, option, provenance))
         if source is not None:
             checks += _guarded("source", lambda: _against_source(written, kind, provenance, source))
     return Verification(kind, provenance, tuple(checks))

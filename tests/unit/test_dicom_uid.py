@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +82,26 @@ def test_the_input_digest_does_not_depend_on_what_was_regularised(tmp_path: Path
     assert regularised.regularised
     assert not accepted.regularised
     assert input_digest(accepted) == input_digest(regularised)
+
+
+def test_a_run_without_dicom_outputs_does_not_pay_for_their_libraries() -> None:
+    """highdicom alone costs more than a second."""
+    modules = [
+        "seg",
+        "measure",
+        "rtstruct",
+        "capture",
+        "refusal",
+        "verify",
+        "result",
+        "objects",
+        "selfcheck",
+        "contour",
+    ]
+    code = "".join(f"import dints_deploy.dicom.{module}\n" for module in modules)
+    code += "import sys; print([name for name in ('highdicom', 'contourpy', 'torch') if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.strip() == "[]"
 
 
 def test_the_mask_digest_ignores_order_and_empty_planes_and_sees_one_pixel() -> None:
