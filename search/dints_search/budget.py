@@ -172,7 +172,7 @@ def _advance(table: Patterns, reached: Floats, choices: Choices) -> tuple[Floats
     """Return log P of the best way to each (levels, steps) after a block, and the choice it takes; -1 for none."""
     after, origin = np.full_like(reached, -np.inf), np.full(reached.shape, -1, dtype=np.int32)
     width = reached.shape[1]
-    possible: NDArray[np.bool_] = np.isfinite(reached).any(axis=1)
+    possible = reached.max(axis=1) > -np.inf
     for k, (pattern, steps, score) in enumerate(zip(choices.pattern, choices.steps, choices.score, strict=True)):
         nodes, entered = table.in_set[pattern], table.out_set[pattern]
         if possible[nodes]:
