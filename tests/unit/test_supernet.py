@@ -17,7 +17,7 @@ from dints_search.cost import count_saved
 from dints_search.genotype import OPERATIONS, edges
 from dints_search.network import DiNTSNetwork
 from dints_search.space import SearchSpace, sample_genotype
-from dints_search.supernet import Supernet
+from dints_search.supernet import Supernet, UpOrder
 from tests.monai_oracle import monai_space
 
 SPACE = SearchSpace(num_blocks=3, num_depths=3)
@@ -177,25 +177,26 @@ def test_mixed_precision_stays_close_to_single_precision() -> None:
     assert torch.linalg.vector_norm(gradients[1] - gradients[0]) < 0.3 * torch.linalg.vector_norm(gradients[0])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_discrete_network_inherits_the_weights_it_shares(seed: int) -> None:
-    space = SearchSpace(2, 3)
-    network = supernet(space)
-    genotype = sample_genotype(space, random.Random(seed))
+@pytest.mark.parametrize("up", ["reference", "conv_first"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_supernet_that_is_sure_computes_the_network_that_inherits_its_weights(seed: int, up: UpOrder) -> None:
+    space, rng = SearchSpace(2, 3), random.Random(seed)
+    genotype = next(g for g in iter(lambda: sample_genotype(space, rng), None) if g.node_active[-1][-1])
+    genotype = genotype.model_copy(update={"up": up})
+    network = Supernet(space, in_channels=2, num_classes=3, channel_multiplier=WIDTH, up=up)
+    randomise(network)
     inherited = network.inherit(genotype).eval()
     assert isinstance(inherited, DiNTSNetwork)
-    # A supernet whose architecture is sure of the genotype computes its network: an edge that is off adds nothing.
     with torch.no_grad():
         active = torch.tensor(genotype.edge_active)
         network.architecture.alpha_a.copy_(torch.where(active > 0, 50.0, -50.0))
         operations = nn.functional.one_hot(torch.tensor(genotype.edge_operation), len(OPERATIONS))
         network.architecture.alpha_c.copy_(50.0 * operations)
-        deepest = max(level for level, on in enumerate(genotype.node_active[-1]) if on)
-        if deepest == space.num_depths - 1:
-            torch.testing.assert_close(network(scan()), inherited(scan()), rtol=1e-3, atol=1e-3)
-        before = inherited(scan())
-        next(network.cells.parameters()).add_(1.0)
-        assert torch.equal(inherited(scan()), before)
+        expected = inherited(scan())
+        torch.testing.assert_close(network(scan()), expected, rtol=1e-3, atol=1e-3)
+        for p in network.weights():
+            p.add_(1.0)
+        assert torch.equal(inherited(scan()), expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 16, 16), (1, 1, 16, 16, 16), (1, 2, 16, 12, 16), (1, 2, 0, 16, 16)])
