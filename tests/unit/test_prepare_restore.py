@@ -264,7 +264,7 @@ def test_regions_of_a_sigmoid_network_overwrite_each_other_in_their_order() -> N
         {"name": "enhancing", "labels": [3], "value": 3},
     ]
     decide = decision(entry(3, activation="sigmoid", regions=regions))
-    logits = np.array([[-1, 1, 1, 1, -1, 0], [-1, -1, 2, 1, 5, 0], [-1, -1, -3, 1, -1, 0]], np.float32)
+    logits = np.array([[-1, 0.1, 1, 1, -0.1, 0], [-1, -1, 2, 1, 5, 0], [-1, -1, -3, 0.1, -1, 0]], np.float32)
     labels = decide(logits.reshape(3, 6, 1, 1))
     assert labels.ravel().tolist() == [0, 2, 1, 3, 1, 0]  # sigmoid(0) is one half: not above it
     assert labels.dtype == np.uint8
