@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,10 @@ from tests.tiny_entry import Fields, entry_fields
 
 SIZE = (14, 12, 13)
 WINDOW = (12, 12, 12)
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Starts clean processes that have torch imported already."""
+PROCESSES.set_forkserver_preload(["dints_search.retrain", "torch._dynamo", "tests.tiny_task"])
 
 
 def write_task(folder: Path, cases: int = 10, *, seed: int = 0) -> Path:
@@ -95,22 +102,45 @@ def write_genotype(path: Path) -> Path:
     return path
 
 
-def train(folder: Path, *, resume: bool = False, pause: str = "", **retraining: Any) -> Path:
+def train(folder: Path, *, resume: bool = False, stop_at: int = 0, **retraining: Any) -> Path:
     """Train the tiny task that lies in `folder` to `folder/run`; the target of a process that a test kills.
 
     Args:
         folder: holds `task/`; gets the run.
         resume: continue an interrupted run.
-        pause: name of a file whose appearance in the run folder makes the training wait there for ever.
+        stop_at: after this step write `folder/reached` and wait to be killed.
         retraining: of the recipe.
     """
     torch.set_num_threads(1)
 
     def wait(step: int, loss: float, rate: float) -> None:
-        while pause and (folder / "run" / pause).exists() and step > settings.checkpoint_every:
-            pass
+        if step == stop_at:
+            (folder / "reached").touch()
+            time.sleep(600)
 
     recipe = tiny_recipe(folder, **retraining)
-    settings = recipe.retraining
     task = read_dataset(folder / "task")
     return retrain(recipe, tiny_genotype(), task, folder / "run", fold=0, seed=3, resume=resume, report=wait)
+
+
+def train_and_die(folder: Path, step: int, **options: Any) -> None:
+    """Train in a process of its own until a step, then end it with SIGKILL."""
+    process = PROCESSES.Process(target=train, args=(folder,), kwargs={"stop_at": step, **options})
+    process.start()
+    while process.is_alive() and not (folder / "reached").exists():
+        time.sleep(0.02)
+    (folder / "reached").unlink()
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        raise AssertionError(f"expected training to be killed, found exit code {process.exitcode}")
+
+
+def train_apart(folder: Path, **options: Any) -> Path:
+    """Train in a process of its own to the end and return the run folder."""
+    process = PROCESSES.Process(target=train, args=(folder,), kwargs=options)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise AssertionError(f"expected training to end, found exit code {process.exitcode}")
+    return folder / "run"

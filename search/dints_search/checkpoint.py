@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,21 @@ def load_checkpoint(path: Path, configuration: str) -> dict[str, Any]:
         DatasetError: `checkpoint-invalid` or `run-mismatch`.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        _check_whole(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive or pickle fails in any way
         raise DatasetError("checkpoint-invalid", f"expected a checkpoint at {path}, found: {error}") from error
+    if not isinstance(state, dict):
+        raise DatasetError("checkpoint-invalid", f"expected a checkpoint at {path}, found something else in it")
     if state.get("configuration") != configuration:
         raise DatasetError(
             "run-mismatch", f"expected a checkpoint of this configuration, {path} is of another: choose another --out"
         )
     return state
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse an archive with a changed byte: torch writes the checksums of its records, but does not read them."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"a wrong checksum of {damaged}")

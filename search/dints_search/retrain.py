@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from monai.losses import DiceCELoss
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from dints_deploy.catalog.dataset import Dataset
-from dints_deploy.files import replacing
+from dints_deploy.files import write_bytes
 from dints_search.augment import Augmenter
 from dints_search.checkpoint import load_checkpoint, save_checkpoint
 from dints_search.dataset import Patches, load_cases
@@ -140,8 +140,9 @@ class _From(Sampler[int]):
 def batches(patches: Patches, batch: int, *, first: int, workers: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches from step `first` on: image (N, C, I, J, K), label (N, 1, I, J, K)."""
     sampler = _From(first * batch, len(patches))
-    loader = DataLoader(patches, batch, sampler=sampler, num_workers=workers, prefetch_factor=8 if workers else None)
-    yield from loader
+    # forked, a worker has everything loaded and ends with its parent; started otherwise (Python 3.14) it has neither
+    start: dict[str, Any] = {"prefetch_factor": 8, "multiprocessing_context": "fork"} if workers else {}
+    yield from DataLoader(patches, batch, sampler=sampler, num_workers=workers, **start)
 
 
 LOSS = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
@@ -174,10 +175,14 @@ def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
 
 
 def learning_rate(step: int, settings: Retraining) -> float:
-    """Return the rate of a step: linear warm-up, then a half cosine that reaches zero after the last step."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    """Return the rate of a step: linear warm-up, then a half cosine that reaches zero after the last step.
+
+    A short run warms up for half of its steps at most, so that its rate falls to zero as well.
+    """
+    warmup = min(settings.warmup_steps, settings.steps // 2)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / (settings.steps - warmup)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -198,6 +203,5 @@ def _log(folder: Path, state: State, rate: float) -> None:
 
 def _finish(folder: Path, average: nn.Module) -> Path:
     path = folder / "weights.safetensors"
-    with replacing(path) as partial:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}, partial)
+    write_bytes(path, save({name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}))
     return path

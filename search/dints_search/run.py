@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import tomli_w
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -112,14 +113,21 @@ def trained_network(folder: Path) -> tuple[RunConfig, DiNTSNetwork]:
     """Return a finished run's configuration and its network with the published (averaged) weights, ready to infer.
 
     Raises:
-        DatasetError: `checkpoint-invalid` when the run is not finished.
+        DatasetError: `checkpoint-invalid` when the run is not finished or its weights are damaged, `run-mismatch` when
+            its genotype is not the one that was trained.
     """
     config, path = read_config(folder), folder / "weights.safetensors"
     if not path.is_file():
         raise DatasetError("checkpoint-invalid", f"expected a finished run at {folder}, found no weights: --resume it")
-    network = build_network(config, read_genotype(folder / "genotype.json"))
-    weights: dict[str, Tensor] = load_file(path)
-    network.load_state_dict(weights)
+    genotype = read_genotype(folder / "genotype.json")
+    if genotype.digest() != config.genotype:
+        raise DatasetError("run-mismatch", f"expected the genotype that was trained in {folder}, found another")
+    network = build_network(config, genotype)
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+        network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise DatasetError("checkpoint-invalid", f"expected the run's weights at {path}, found: {error}") from error
     return config, network.eval()
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -22,6 +20,7 @@ from tests.tiny_entry import (
     Said,
     customised,
     entry_fields,
+    full_disk,
     outside,
     random_network,
     random_scan,
@@ -233,17 +232,6 @@ def test_a_damaged_source_leaves_nothing_in_the_zoo(zoo: Path, spoil: Callable[[
     assert said.code == 1
     assert f"[{DAMAGES[spoil]}]" in said.err
     assert [path for path in (zoo.parent / "state").rglob("*") if path.name != "zoo"] == []
-
-
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """Let no file grow beyond `limit` bytes: the same as a full disk, without one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_while_adding_leaves_nothing_in_the_zoo(zoo: Path) -> None:
