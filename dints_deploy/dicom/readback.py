@@ -99,8 +99,10 @@ def plane_affine(position: Any, cosines: Any, spacing: Any) -> NDArray[np.float6
 
 
 def header_affine(header: SliceHeader) -> NDArray[np.float64]:
-    """Return the same map of a source plane, from the values of its header as they stand."""
-    return plane_affine(header.ImagePositionPatient, header.ImageOrientationPatient, header.PixelSpacing)
+    """Return the same map of a source plane, from the values of its header; cosines are made unit vectors."""
+    cosines = np.array(header.ImageOrientationPatient, dtype=np.float64).reshape(2, 3)
+    cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)
+    return plane_affine(header.ImagePositionPatient, cosines, header.PixelSpacing)
 
 
 def inside(polygon: NDArray[np.floating[Any]], shape: tuple[int, int]) -> NDArray[np.bool_]:

@@ -189,7 +189,7 @@ def _seg_geometry(written: Dataset, named: Planes) -> Check:
         apart(frame.affine, header_affine(named[name].header), frame.segments.shape) if name in named else np.inf
         for name, frame in seg_planes(written).items()
     ]
-    return Check("geometry", max(off) <= SAME_PLACE_MM, f"{len(off)} planes, at most {max(off):.4f} mm apart")
+    return Check("geometry", max(off) <= 1, f"{len(off)} planes, at most {max(off):.2f} of the tolerance apart")
 
 
 def _rtstruct_geometry(written: Dataset, named: Planes, provenance: Provenance) -> Iterator[Check]:

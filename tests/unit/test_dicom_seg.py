@@ -323,6 +323,21 @@ def test_a_source_without_study_series_and_frame_uids_gets_derived_ones(tmp_path
         assert str(segs[0][keyword].value).startswith("2.25.")
 
 
+def test_cosines_that_are_no_unit_vectors_are_written_as_unit_vectors(tmp_path: Path) -> None:
+    """The gate lets through what is rounded to three digits; a SEG says what was meant."""
+
+    def rounded(ds: Dataset, index: int) -> None:
+        ds.ImageOrientationPatient = ["0.9993", "0", "0", "0", "1.0004", "0"]
+
+    write(tmp_path / "in", straight(planes=6, rows=14, columns=11), change=rounded)
+    volume = volume_of(tmp_path / "in")
+    result = result_of(volume, shapes(volume))
+    path = write_seg(result, tmp_path / "seg.dcm")
+    assert in_patient(path) == mask_in_patient(result)
+    shared = read_object(path).SharedFunctionalGroupsSequence[0]
+    assert list(shared.PlaneOrientationSequence[0].ImageOrientationPatient) == [1, 0, 0, 0, 1, 0]
+
+
 def test_names_outside_ascii_are_written_as_utf_8(tmp_path: Path) -> None:
     result = written_result(tmp_path)
     labels = (result.entry.labels[0].model_copy(update={"name": "Niere, links (左)"}), result.entry.labels[1])
