@@ -73,7 +73,7 @@ def process_case(
     """
     check_formats(request.formats)
     with ExitStack() as resources:
-        source, spec = read_source(request.channels, candidates, resources)
+        source, spec = read_source(request.channels, candidates, resources, max_bytes=request.max_ram_bytes)
         entry = load(spec.name)
         make_folder(request.stem.parent)
         segmentation = segment(

@@ -14,7 +14,7 @@ import numpy as np
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import DintsError, ScanRefused, UsageError
 from dints_deploy.files import sha256_file
-from dints_deploy.imaging.nifti import read_nifti
+from dints_deploy.imaging.nifti import MAX_UNPACKED_BYTES, read_nifti
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.accepts import accepting
 
@@ -46,7 +46,11 @@ class Source:
 
 
 def read_source(
-    channels: Mapping[str, Path], candidates: Mapping[str, Entry], resources: ExitStack
+    channels: Mapping[str, Path],
+    candidates: Mapping[str, Entry],
+    resources: ExitStack,
+    *,
+    max_bytes: int | None = None,
 ) -> tuple[Source, Entry]:
     """Read a case and return it with the entry that takes it.
 
@@ -54,6 +58,7 @@ def read_source(
         channels: channel name -> file; a single scan under the name "".
         candidates: the entries to choose from; with a single one there is no choice, but a refusal with its reason.
         resources: closes what the source still needs (unpacked archives) when the case is done.
+        max_bytes: refuse in advance files that unpack to more; None for the readers' own limits.
 
     Raises:
         ScanRefused: the file is no scan, or no series fits. UsageError: `entry-ambiguous`.
@@ -63,10 +68,10 @@ def read_source(
 
         study = resources.enter_context(opened(next(iter(channels.values()))))
         return _from_study(study, candidates)
-    scan = read_channels(channels)
+    scan = read_channels(channels, max_bytes=max_bytes)
     entry = next(iter(candidates.values())) if len(candidates) == 1 else accepting(scan, list(candidates.values()))
     _check_names(channels, entry)
-    digests = {name or "scan": sha256_file(path) for name, path in channels.items()}
+    digests = {name or "scan": _file_digest(path) for name, path in channels.items()}
     return Source(scan, None, digests, {}), entry
 
 
@@ -75,13 +80,14 @@ def is_dicom(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() in (".zip", ".dcm")
 
 
-def read_channels(channels: Mapping[str, Path]) -> Volume:
+def read_channels(channels: Mapping[str, Path], *, max_bytes: int | None = None) -> Volume:
     """Read the NIfTI channels of one case into one Volume.
 
     Raises:
         ScanRefused: of `read_nifti`, or `frame-mismatch` when the channels lie on different grids.
     """
-    return _stacked({name: read_nifti(path) for name, path in channels.items()})
+    limit = MAX_UNPACKED_BYTES if max_bytes is None else min(max_bytes, MAX_UNPACKED_BYTES)
+    return _stacked({name: read_nifti(path, max_bytes=limit) for name, path in channels.items()})
 
 
 def _stacked(volumes: Mapping[str, Volume]) -> Volume:
@@ -133,11 +139,19 @@ def _from_choice(choice: Choice) -> Source:
     return Source(scan, modality, digests, read, choice.not_chosen)
 
 
+def _file_digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ScanRefused("scan-missing", f"expected {path.name} to stay while it is read, found: {reason}") from error
+
+
 def _series_digest(files: tuple[Path, ...]) -> str:
     """Return one digest for the files of a series, in its order, wherever they lie."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(bytes.fromhex(sha256_file(path)))
+        digest.update(bytes.fromhex(_file_digest(path)))
     return digest.hexdigest()
 
 
