@@ -11,9 +11,10 @@ from typing import Any
 
 from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.entry import Entry
+from dints_deploy.errors import ScanRefused
 from dints_deploy.files import make_folder
-from dints_deploy.process.outputs import Result, check_formats, write_outputs
-from dints_deploy.process.source import Source, read_source
+from dints_deploy.process.outputs import Result, check_formats, write_outputs, write_refusal_report
+from dints_deploy.process.source import Source, open_study, read_source
 from dints_deploy.runtime.parity import parity_status
 from dints_deploy.runtime.report import describe
 from dints_deploy.runtime.segment import Progress, segment
@@ -61,6 +62,8 @@ def process_case(
 ) -> Outcome:
     """Read a scan, find its entry, segment it, write the outputs, read them back.
 
+    A DICOM study that is refused gets its refusal as an SR beside the outputs, where `dicom-sr` is asked for.
+
     Args:
         request: what to do.
         candidates: name -> entry to choose from.
@@ -73,27 +76,37 @@ def process_case(
     """
     check_formats(request.formats)
     with ExitStack() as resources:
-        source, spec = read_source(request.channels, candidates, resources, max_bytes=request.max_ram_bytes)
-        entry = load(spec.name)
-        make_folder(request.stem.parent)
-        segmentation = segment(
-            source.scan,
-            entry,
-            engine=request.engine,
-            precision=request.precision,
-            device=request.device,
-            threads=request.threads,
-            max_ram_bytes=request.max_ram_bytes,
-            modality=source.modality,
-            progress=progress,
-        )
-        parity = parity_status(entry, segmentation.session)
-        record = describe(segmentation, entry, source.scan, input_digests=source.digests, parity=parity)
-        record |= _about_series(source)
-        result = Result(
-            request.stem, request.labels_path, entry, source, segmentation, record, request.when, request.formats
-        )
-        return Outcome(record, write_outputs(result))
+        study = open_study(request.channels, resources)
+        try:
+            source, spec = read_source(request.channels, study, candidates, max_bytes=request.max_ram_bytes)
+            return _process(request, source, load(spec.name), progress)
+        except ScanRefused as refusal:
+            if study is not None and "dicom-sr" in request.formats:
+                report = write_refusal_report(study, refusal, request.stem, request.when)
+                refusal.add_note(f"the refusal is written as {report}")
+            raise
+
+
+def _process(request: Request, source: Source, entry: LoadedEntry, progress: Progress) -> Outcome:
+    make_folder(request.stem.parent)
+    segmentation = segment(
+        source.scan,
+        entry,
+        engine=request.engine,
+        precision=request.precision,
+        device=request.device,
+        threads=request.threads,
+        max_ram_bytes=request.max_ram_bytes,
+        modality=source.modality,
+        progress=progress,
+    )
+    parity = parity_status(entry, segmentation.session)
+    record = describe(segmentation, entry, source.scan, input_digests=source.digests, parity=parity)
+    record |= _about_series(source)
+    result = Result(
+        request.stem, request.labels_path, entry, source, segmentation, record, request.when, request.formats
+    )
+    return Outcome(record, write_outputs(result))
 
 
 def _about_series(source: Source) -> dict[str, Any]:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dints_deploy.catalog.catalog import LoadedEntry
-from dints_deploy.errors import OutputError, UsageError
-from dints_deploy.files import replacing, write_text
+from dints_deploy.errors import OutputError, ScanRefused, UsageError
+from dints_deploy.files import make_folder, replacing, write_text
 from dints_deploy.imaging.nifti import read_nifti, write_nifti
 from dints_deploy.process.source import Source
 from dints_deploy.runtime.segment import Segmentation
 
 if TYPE_CHECKING:
     from dints_deploy.dicom.result import DicomResult, SegmentationType
+    from dints_deploy.dicom.series import Study
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,23 @@ def write_outputs(result: Result) -> dict[str, Path]:
             undo.callback(files[name].unlink, missing_ok=True)
         undo.pop_all()
     return files
+
+
+def write_refusal_report(study: Study, refusal: ScanRefused, stem: Path, when: datetime) -> Path:
+    """Write "not processed because ..." as an SR in the study of the first series that has images.
+
+    Raises:
+        ScanRefused: `refusal` itself where the study has no image that a report could refer to.
+        OutputError: the report cannot be written.
+    """
+    from dints_deploy.dicom.refusal import write_refusal
+    from dints_deploy.runtime.report import software_version
+
+    series = next((one for one in study.series if any(header.SOPInstanceUID for header in one.slices)), None)
+    if series is None:
+        raise refusal
+    path = make_folder(stem.parent) / f"{stem.name}.sr.dcm"
+    return write_refusal(series, refusal, path, entry=None, software=software_version(), when=when)
 
 
 def _nifti(result: Result) -> Path:

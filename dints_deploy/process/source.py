@@ -46,33 +46,36 @@ class Source:
 
 
 def read_source(
-    channels: Mapping[str, Path],
-    candidates: Mapping[str, Entry],
-    resources: ExitStack,
-    *,
-    max_bytes: int | None = None,
+    channels: Mapping[str, Path], study: Study | None, candidates: Mapping[str, Entry], *, max_bytes: int | None = None
 ) -> tuple[Source, Entry]:
     """Read a case and return it with the entry that takes it.
 
     Args:
         channels: channel name -> file; a single scan under the name "".
+        study: of `open_study`; None for NIfTI.
         candidates: the entries to choose from; with a single one there is no choice, but a refusal with its reason.
-        resources: closes what the source still needs (unpacked archives) when the case is done.
         max_bytes: refuse in advance files that unpack to more; None for the readers' own limits.
 
     Raises:
         ScanRefused: the file is no scan, or no series fits. UsageError: `entry-ambiguous`.
     """
-    if len(channels) == 1 and is_dicom(next(iter(channels.values()))):
-        from dints_deploy.dicom.series import opened
-
-        study = resources.enter_context(opened(next(iter(channels.values()))))
+    if study is not None:
         return _from_study(study, candidates)
     scan = read_channels(channels, max_bytes=max_bytes)
     entry = next(iter(candidates.values())) if len(candidates) == 1 else accepting(scan, list(candidates.values()))
     _check_names(channels, entry)
     digests = {name or "scan": _file_digest(path) for name, path in channels.items()}
     return Source(scan, None, digests, {}), entry
+
+
+def open_study(channels: Mapping[str, Path], resources: ExitStack) -> Study | None:
+    """Return the study of a DICOM folder or zip, None for NIfTI; `resources` removes what a zip unpacked to."""
+    path = next(iter(channels.values()))
+    if len(channels) > 1 or not is_dicom(path):
+        return None
+    from dints_deploy.dicom.series import opened
+
+    return resources.enter_context(opened(path))
 
 
 def is_dicom(path: Path) -> bool:
