@@ -96,6 +96,12 @@ def _scores(spec: Entry, metrics: dict[str, Any]) -> str:
     ]
     for label in spec.labels:
         scores = summary["labels"][str(label.value)]
-        rows.append(f"| {label.name} | {scores['dice']:.4f} | {scores['nsd']:.4f} | {label.nsd_tolerance:g} mm |")
-    rows.append(f"| mean | {summary['mean']['dice']:.4f} | {summary['mean']['nsd']:.4f} | |")
+        dice, nsd = _number(scores["dice"]), _number(scores["nsd"])
+        rows.append(f"| {label.name} | {dice} | {nsd} | {label.nsd_tolerance:g} mm |")
+    rows.append(f"| mean | {_number(summary['mean']['dice'])} | {_number(summary['mean']['nsd'])} | |")
     return "\n".join(rows)
+
+
+def _number(score: float | None) -> str:
+    """Return a score; a structure that is in no case, neither found nor missed, has none."""
+    return "-" if score is None else f"{score:.4f}"

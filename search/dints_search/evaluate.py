@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from dints_deploy.catalog.dataset import Dataset
 from dints_deploy.catalog.entry import Entry, Member, Training
-from dints_deploy.errors import DatasetError
+from dints_deploy.catalog.strict import faults
+from dints_deploy.errors import DatasetError, UsageError
+from dints_deploy.files import sha256_file
 from dints_deploy.runtime.evaluate import Evaluation, evaluate
 from dints_search.run import RunConfig, trained_network
 from dints_search.torch_engine import TorchSession
@@ -16,35 +20,42 @@ MODEL_FILE = "model.onnx"
 
 
 def entry_of(configs: list[RunConfig], name: str, version: str = "0.0.0") -> Entry:
-    """Return the entry that runs of one recipe would publish; several are an ensemble."""
+    """Return the entry that runs of one recipe would publish; several are an ensemble.
+
+    Raises:
+        UsageError: `usage` when the name or the version is not one that an entry may have.
+    """
     recipe = configs[0].recipe
     files = [MODEL_FILE] if len(configs) == 1 else [f"model{n}.onnx" for n in range(len(configs))]
-    return Entry(
-        schema_version=1,
-        name=name,
-        version=version,
-        title=recipe.title,
-        intended_use=recipe.intended_use,
-        not_for=recipe.not_for,
-        licence=recipe.licence,
-        genotype="genotype.json",
-        members=tuple(Member(onnx=f, fold=c.fold, seed=c.seed) for f, c in zip(files, configs, strict=True)),
-        channels=recipe.channels,
-        labels=recipe.labels,
-        spacing=recipe.spacing,
-        window=recipe.window,
-        overlap=recipe.overlap,
-        tta=recipe.tta,
-        accepts=recipe.accepts,
-        geometry=recipe.geometry,
-        postprocess=recipe.postprocess,
-        training=Training(
-            task=recipe.task,
-            fold=configs[0].fold if len(configs) == 1 else None,
-            cases={case: digest for config in configs for case, digest in config.cases.items()},
-            commit=configs[0].commit,
-        ),
-    )
+    try:
+        return Entry(
+            schema_version=1,
+            name=name,
+            version=version,
+            title=recipe.title,
+            intended_use=recipe.intended_use,
+            not_for=recipe.not_for,
+            licence=recipe.licence,
+            genotype="genotype.json",
+            members=tuple(Member(onnx=f, fold=c.fold, seed=c.seed) for f, c in zip(files, configs, strict=True)),
+            channels=recipe.channels,
+            labels=recipe.labels,
+            spacing=recipe.spacing,
+            window=recipe.window,
+            overlap=recipe.overlap,
+            tta=recipe.tta,
+            accepts=recipe.accepts,
+            geometry=recipe.geometry,
+            postprocess=recipe.postprocess,
+            training=Training(
+                task=recipe.task,
+                fold=configs[0].fold if len(configs) == 1 else None,
+                cases={case: digest for config in configs for case, digest in config.cases.items()},
+                commit=configs[0].commit,
+            ),
+        )
+    except ValidationError as fault:
+        raise UsageError("usage", f"expected the name and version of an entry, found {faults(fault)}") from fault
 
 
 def evaluate_run(
@@ -57,14 +68,15 @@ def evaluate_run(
     """Measure a finished run on the validation part of its fold, with torch in fp32.
 
     Raises:
-        DatasetError: `cases-seen` when a case of that part was trained on.
+        DatasetError: `cases-seen` when a case of that part was trained on, by id or by content.
     """
     config, network = trained_network(run)
     wanted = config.fold if fold is None else fold
     if wanted is None:
         raise DatasetError("fold-unknown", "expected --fold: the run was not trained on a fold")
     _, validation = dataset.fold(wanted)
-    if known := [case.id for case in validation if case.id in config.cases]:
+    digests = set(config.cases.values())
+    if known := [case.id for case in validation if case.id in config.cases or sha256_file(case.image) in digests]:
         raise DatasetError(
             "cases-seen", f"expected unseen cases, the run was trained on {known[0]}: choose its own fold"
         )

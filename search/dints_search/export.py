@@ -82,13 +82,20 @@ def to_onnx(network: DiNTSNetwork, window: tuple[int, int, int]) -> bytes:
 
 
 def real_windows(cases: tuple[Case, ...], spec: Entry, count: int) -> Batch:
-    """Return the window around the middle of the labels of the first cases, (N, C, I, J, K)."""
+    """Return the window around the middle of the labels of the first cases, (N, C, I, J, K).
+
+    Raises:
+        DatasetError: `run-mismatch` when there is no case, `case-invalid` for a bad one.
+    """
+    if not cases:
+        raise DatasetError("run-mismatch", "expected the cases that the run was trained on, found none: check --data")
     names = {label.value: label.name for label in spec.labels}
     windows = []
     for case in cases[:count]:
         image, reference = read_case(case, names)
         prepared = prepare(image, spec.preparation)
-        middle = np.argwhere(prepared.labels(reference)).mean(axis=0)
+        inside = np.argwhere(prepared.labels(reference))
+        middle = inside.mean(axis=0) if len(inside) else np.array(prepared.grid.shape) / 2
         starts = np.array(window_starts(prepared.grid.shape, spec.window, spec.overlap))
         i, j, k = starts[np.abs(starts + np.array(spec.window) / 2 - middle).sum(axis=1).argmin()]
         wi, wj, wk = spec.window
