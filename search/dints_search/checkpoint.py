@@ -1,15 +1,23 @@
-"""Checkpoints: whole or not at all, tensors only, and bound to the configuration that wrote them."""
+"""Checkpoints: whole or not at all, tensors only, and bound to the configuration that wrote them.
+
+A file is a mark, the SHA-256 of what follows, and torch's own archive. The digest is checked before torch sees a byte:
+a damaged archive can crash its reader, not only fail in it.
+"""
 
 from __future__ import annotations
 
-import zipfile
+import hashlib
+import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from dints_deploy.errors import DatasetError
-from dints_deploy.files import replacing
+from dints_deploy.files import write_bytes
+
+MARK: Final = b"dints-checkpoint-1\n"
+DIGEST_BYTES: Final = 32
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -18,13 +26,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OutputError: `disk-full` or `output-unwritable`; the old checkpoint is untouched.
     """
-    with replacing(path) as partial:
-        try:
-            torch.save(state, partial)
-        except RuntimeError as error:  # torch hides the file system's error behind its own
-            raise OSError(
-                28 if "No space" in str(error) or "unexpected pos" in str(error) else 5, str(error)
-            ) from error
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    write_bytes(path, MARK + hashlib.sha256(payload).digest() + payload)
 
 
 def load_checkpoint(path: Path, configuration: str) -> dict[str, Any]:
@@ -37,11 +42,7 @@ def load_checkpoint(path: Path, configuration: str) -> dict[str, Any]:
     Raises:
         DatasetError: `checkpoint-invalid` or `run-mismatch`.
     """
-    try:
-        _check_whole(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive or pickle fails in any way
-        raise DatasetError("checkpoint-invalid", f"expected a checkpoint at {path}, found: {error}") from error
+    state: Any = torch.load(io.BytesIO(_payload(path)), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise DatasetError("checkpoint-invalid", f"expected a checkpoint at {path}, found something else in it")
     if state.get("configuration") != configuration:
@@ -51,8 +52,13 @@ def load_checkpoint(path: Path, configuration: str) -> dict[str, Any]:
     return state
 
 
-def _check_whole(path: Path) -> None:
-    """Refuse an archive with a changed byte: torch writes the checksums of its records, but does not read them."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"a wrong checksum of {damaged}")
+def _payload(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DatasetError("checkpoint-invalid", f"expected a checkpoint at {path}, found: {error.strerror}") from error
+    head = len(MARK) + DIGEST_BYTES
+    payload = data[head:]
+    if not data.startswith(MARK) or data[len(MARK) : head] != hashlib.sha256(payload).digest():
+        raise DatasetError("checkpoint-invalid", f"expected a whole checkpoint at {path}, found it damaged")
+    return payload

@@ -16,11 +16,17 @@ from torch import nn
 from dints_deploy.catalog.dataset import read_dataset
 from dints_deploy.errors import DatasetError
 from dints_deploy.files import sha256_file
+from dints_search.checkpoint import load_checkpoint
 from dints_search.genotype import parse_genotype
 from dints_search.recipe import Retraining
 from dints_search.retrain import learning_rate, retrain, start, train_step
 from dints_search.run import read_config, trained_network
 from tests.tiny_task import tiny_genotype, tiny_recipe, train, train_and_die, train_apart, write_task
+
+
+def saved(run: Path) -> dict[str, Any]:
+    """Return the state in a run's checkpoint."""
+    return load_checkpoint(run / "checkpoint.pt", read_config(run).digest())
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +118,11 @@ def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(
     train_and_die(folder, 2, precision=precision)  # before the first checkpoint, of step 3
     assert not (folder / "run" / "checkpoint.pt").exists()
     train_and_die(folder, 5, precision=precision, resume=True)  # between two
-    assert torch.load(folder / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert saved(folder / "run")["step"] == 3
     resumed = train_apart(folder, precision=precision, resume=True)
     expected = whole / precision / "run"
     assert (resumed / "weights.safetensors").read_bytes() == (expected / "weights.safetensors").read_bytes()
-    states = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (resumed, expected)]
+    states = [saved(run) for run in (resumed, expected)]
     assert states[0]["step"] == states[1]["step"] == 8
     for part in ("network", "average", "losses"):
         torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
