@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.errors import OutputError, ScanRefused, UsageError
-from dints_deploy.files import make_folder, replacing, write_text
+from dints_deploy.files import make_folder, output_error, replacing, sync_folder, write_text
 from dints_deploy.imaging.nifti import read_nifti, write_nifti
 from dints_deploy.process.source import Source
 from dints_deploy.runtime.segment import Segmentation
@@ -79,14 +79,33 @@ def check_formats(formats: tuple[str, ...]) -> None:
 
 
 def write_outputs(result: Result) -> dict[str, Path]:
-    """Write every format asked for; when one fails, remove those already written."""
-    files: dict[str, Path] = {}
-    with ExitStack() as undo:
-        for name in result.formats:
-            files[name] = OUTPUTS[name](result)
-            undo.callback(files[name].unlink, missing_ok=True)
-        undo.pop_all()
-    return files
+    """Write every format asked for into a hidden folder, each checked there, then move all to their places.
+
+    An earlier result stays until all of the new one is whole.
+
+    Raises:
+        OutputError: `output-selfcheck`, `output-object`, `output-unwritable`, `disk-full`.
+    """
+    folder = result.stem.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as hidden:
+            labels_path = result.labels_path and Path(hidden) / result.labels_path.name
+            staged = replace(result, stem=Path(hidden) / result.stem.name, labels_path=labels_path)
+            written = {name: OUTPUTS[name](staged) for name in result.formats}
+            places = {name: folder / path.name for name, path in written.items()}
+            _check_places(places)
+            for name, path in written.items():
+                path.replace(places[name])
+        sync_folder(folder)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    return places
+
+
+def _check_places(places: dict[str, Path]) -> None:
+    for path in places.values():
+        if path.is_dir():
+            raise OutputError("output-unwritable", f"expected to write {path}, found a folder there: choose another -o")
 
 
 def write_refusal_report(study: Study, refusal: ScanRefused, stem: Path, when: datetime) -> Path:
