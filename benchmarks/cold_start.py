@@ -37,8 +37,8 @@ def contenders(out: Path) -> dict[str, list[str]]:
             sys.executable,
             str(ROOT / "benchmarks" / "monai_path.py"),
             str(SCAN),
-            str(ENTRY),
-            str(out / "x.nii.gz"),
+            str(out / "network.ts"),
+            str(out),
         ],
     }
 
@@ -50,6 +50,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         commands = contenders(Path(folder))
+        traced = [sys.executable, "-m", "benchmarks.torch_network", str(ENTRY), str(Path(folder) / "network.ts")]
+        subprocess.run(traced, check=True, capture_output=True, cwd=ROOT)
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "search")}
         for _ in range(rounds):

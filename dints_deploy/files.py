@@ -59,6 +59,16 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def make_private_folder(path: Path) -> Path:
+    """Create a folder that only its owner may enter, for what this machine makes; raise `OutputError` as above."""
+    make_folder(path)
+    try:
+        path.chmod(0o700)
+    except OSError as error:
+        raise output_error(path, error) from error
+    return path
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -18,6 +18,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         SKIPPED.append(report.nodeid)
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        SKIPPED.append(report.nodeid)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if os.environ.get("DINTS_STRICT_SKIPS") != "1":
         return

@@ -18,7 +18,7 @@ from dints_deploy.catalog.entry import Entry, Member
 from dints_deploy.catalog.strict import read_toml
 from dints_deploy.catalog.weights import SUMS_FILE, check_onnx, entry_files, verify_sums, write_sums
 from dints_deploy.errors import EntryError, UsageError
-from dints_deploy.files import make_folder, output_error, state_folder, sync_folder, write_text
+from dints_deploy.files import make_folder, make_private_folder, output_error, state_folder, sync_folder, write_text
 
 ENTRY_FILE: Final = "entry.toml"
 MAX_ENTRY_BYTES: Final = 4 << 30
@@ -106,6 +106,8 @@ def load_entry(name: str | Path) -> LoadedEntry:
         raise UsageError("entry-unknown", f"expected the name of a zoo entry ({known}), found {name!r}")
     digests = verify_sums(folder)
     spec = read_entry(folder)
+    if not isinstance(name, Path) and os.sep not in name and spec.name != name:
+        raise EntryError("entry-invalid", f"expected the name {name} in {ENTRY_FILE} of {name}, found {spec.name}")
     named = [member.onnx for member in spec.members] + ([spec.genotype] if spec.genotype else [])
     for path in named:
         if path not in digests:
@@ -152,6 +154,7 @@ def add_entry(source: Path) -> LoadedEntry:
     total = sum((source / name).stat().st_size for name in names)
     if total > MAX_ENTRY_BYTES:
         raise EntryError("entry-invalid", f"expected at most {MAX_ENTRY_BYTES} bytes in an entry, found {total}")
+    make_private_folder(state_folder())
     root = make_folder(added_zoo())
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix=".adding-") as work:

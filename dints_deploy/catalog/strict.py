@@ -17,7 +17,7 @@ MAX_TEXT_BYTES = 8 << 20
 class Strict(BaseModel):
     """A frozen record that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,7 +28,7 @@ def read_toml(path: Path, model: type[Model], error: type[DintsError], code: str
     try:
         return model.model_validate(tomllib.loads(_text(path)))
     except (ValueError, OSError, RecursionError) as fault:
-        raise error(code, f"expected {path.name} to follow its schema, found: {faults(fault)}") from fault
+        raise error(code, f"expected {_name(path)} to follow its schema, found: {faults(fault)}") from fault
 
 
 def read_json(path: Path, model: type[Model], error: type[DintsError], code: str) -> Model:
@@ -36,7 +36,11 @@ def read_json(path: Path, model: type[Model], error: type[DintsError], code: str
     try:
         return model.model_validate_json(_text(path))
     except (ValueError, OSError, RecursionError) as fault:
-        raise error(code, f"expected {path.name} to follow its schema, found: {faults(fault)}") from fault
+        raise error(code, f"expected {_name(path)} to follow its schema, found: {faults(fault)}") from fault
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def _text(path: Path) -> str:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dints_deploy.errors import DintsError
 
@@ -21,10 +20,13 @@ PLAIN_LINE_SECONDS = 10
 
 
 def say(text: object = "") -> None:
-    """Print text or a rich renderable on standard output; text is not marked up."""
-    if isinstance(text, str):
-        text = "\n".join(printable(line) for line in text.split("\n"))
-    Console(soft_wrap=isinstance(text, str)).print(text, markup=False, highlight=False, emoji=False)
+    """Print text, or a rich table, on standard output; text is not marked up."""
+    if isinstance(text, str):  # without rich, whose import a quick command would notice
+        sys.stdout.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
+        return
+    from rich.console import Console
+
+    Console().print(text)
 
 
 def say_json(document: Any) -> None:
@@ -60,6 +62,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield _plain(printable(title))
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

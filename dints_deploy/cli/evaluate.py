@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from dints_deploy.catalog.catalog import load_entry
 from dints_deploy.catalog.dataset import read_dataset
@@ -16,7 +15,7 @@ from dints_deploy.cli.console import JsonOption, failing, progress, say, say_jso
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
 from dints_deploy.files import replacing, write_text
-from dints_deploy.runtime.evaluate import Evaluation, evaluate, unseen_cases
+from dints_deploy.runtime.evaluate import Evaluation, check_labels, evaluate, unseen_cases
 from dints_deploy.runtime.segment import open_sessions
 
 MANY_WINDOWS = 1_000
@@ -59,7 +58,9 @@ def _entry(
     model: str, data: Path, fold: int | None, engine: str, precision: str
 ) -> tuple[Entry, Evaluation, dict[str, Any]]:
     entry = load_entry(model)
-    cases = unseen_cases(read_dataset(data), entry, fold)
+    dataset = read_dataset(data)
+    check_labels(dataset, entry.spec)
+    cases = unseen_cases(dataset, entry, fold)
     sessions = open_sessions(entry, windows=MANY_WINDOWS, engine=engine, precision=precision)
     with progress("evaluate") as report:
         result = evaluate(cases, entry.spec, sessions, progress=report)
@@ -88,6 +89,8 @@ def _plot(path: Path, spec: Entry, result: Evaluation) -> None:
 
 def _show(spec: Entry, result: Evaluation, about: dict[str, Any]) -> None:
     summary = result.summary
+    from rich.table import Table
+
     about_text = " ".join(str(value) for value in about.values() if isinstance(value, str))
     table = Table("structure", "Dice", "NSD", "left out", title=about_text)
     for label in spec.labels:

@@ -42,7 +42,7 @@ def _copy_entry(name: str, out: Path) -> list[Path]:
     make_folder(out)
     files = []
     for member in entry.spec.members:
-        path = out / f"{entry.spec.name}-{Path(member.onnx).name}"
+        path = out / f"{entry.spec.name}-{member.onnx.replace('/', '-')}"
         with replacing(path) as partial:
             shutil.copyfile(entry.folder / member.onnx, partial)
         files.append(path)

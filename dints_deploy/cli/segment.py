@@ -13,7 +13,7 @@ import typer
 from dints_deploy.catalog.catalog import LoadedEntry, entry_folders, load_entry, read_entry
 from dints_deploy.catalog.entry import RESEARCH_USE
 from dints_deploy.cli.console import JsonOption, failing, printable, progress, say, say_error, say_json
-from dints_deploy.errors import DintsError, ScanRefused, UsageError
+from dints_deploy.errors import DintsError, EntryError, ScanRefused, UsageError
 from dints_deploy.process.case import Outcome, Request, process_case
 from dints_deploy.process.outputs import check_formats
 from dints_deploy.process.source import NIFTI_SUFFIXES, output_stem
@@ -38,7 +38,12 @@ def segment_command(
     engine: Annotated[str, typer.Option(help="auto, openvino, onnx or tensorrt.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
-    to: Annotated[str, typer.Option(help="Outputs, comma-separated: nifti, preview, html.")] = "nifti",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: nifti, dicom-seg, dicom-labelmap, dicom-sr, rtstruct, dicom-sc, preview, html."
+        ),
+    ] = "nifti",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
     max_ram: Annotated[str | None, typer.Option(help="Refuse in advance what needs more memory, such as 4G.")] = None,
     as_json: JsonOption = False,
@@ -87,8 +92,15 @@ class Entries:
             self.candidates = {loaded.spec.name: loaded.spec}
         else:
             self._loaded = {}
-            specs = [read_entry(folder) for folder in entry_folders().values()]
-            self.candidates = {spec.name: spec for spec in specs if spec.members}
+            self.candidates = {}
+            for name, folder in entry_folders().items():
+                try:
+                    spec = read_entry(folder)
+                except EntryError as error:  # one damaged entry must not stop the others
+                    say_error(error, f"entry {name} is left out")
+                    continue
+                if spec.members and spec.name == name:
+                    self.candidates[name] = spec
 
     def load(self, name: str) -> LoadedEntry:
         """Return a verified entry."""
@@ -194,7 +206,7 @@ def parse_bytes(text: str | None) -> int | None:
     """Return the bytes of a text such as 4G or 512M; raise `UsageError` for anything else."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.upper().removesuffix("B").removesuffix("I"))
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?:([KMGT])I?)?B?", text.upper())
     if match is None:
         raise UsageError("usage", f"expected a size such as 4G or 512M, found {text!r}")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(float(match[1]) * UNITS[match[2] or ""])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.table import Table
 
 from dints_deploy.cli.console import JsonOption, failing, say, say_json
 
@@ -30,6 +29,8 @@ def verify_command(
             checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in verification.checks]
             say_json({"kind": verification.kind, "passed": verification.passed, "checks": checks})
         else:
+            from rich.table import Table
+
             table = Table("check", "", "found", title=f"{result.name}: {verification.kind or 'unknown object'}")
             for check in verification.checks:
                 table.add_row(check.name, "ok" if check.passed else "FAILED", check.detail)

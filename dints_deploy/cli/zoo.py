@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from dints_deploy.catalog.catalog import (
     add_entry,
@@ -18,7 +17,7 @@ from dints_deploy.catalog.catalog import (
     verify_entry,
 )
 from dints_deploy.cli.console import JsonOption, failing, say, say_error, say_json
-from dints_deploy.errors import DintsError
+from dints_deploy.errors import DintsError, EntryError
 
 zoo_app = typer.Typer(no_args_is_help=True, help="List, show, verify, add and remove zoo entries.")
 
@@ -32,10 +31,17 @@ def list_command(as_json: JsonOption = False) -> None:
     Example: dints-deploy zoo list
     """
     with failing(as_json):
-        rows = [_row(name, folder) for name, folder in entry_folders().items()]
+        rows = []
+        for name, folder in entry_folders().items():
+            try:
+                rows.append(_row(name, folder))
+            except EntryError as error:  # one damaged entry must not hide the others
+                say_error(error, name)
         if as_json:
             say_json(rows)
             return
+        from rich.table import Table
+
         table = Table("entry", "version", "weights", "labels", "modality", "origin")
         table.columns[0].no_wrap = True
         for row in rows:
@@ -72,10 +78,8 @@ def show_command(name: Name, as_json: JsonOption = False) -> None:
             return
         card = entry.folder / "card.md"
         say(card.read_text(encoding="utf-8") if card.is_file() else entry.spec.intended_use)
-        table = Table("file", "sha256")
         for path, digest in entry.digests.items():
-            table.add_row(path, digest)
-        say(table)
+            say(f"{digest}  {path}")
 
 
 @zoo_app.command("verify")

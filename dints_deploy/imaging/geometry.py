@@ -31,7 +31,7 @@ def orient(volume: Volume, codes: str = "RAS") -> tuple[Volume, Inverse]:
 
     No voxel value changes; an oblique volume stays oblique.
     """
-    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+    from dints_deploy.imaging.lean_nibabel import axcodes2ornt, io_orientation, ornt_transform
 
     old = io_orientation(volume.affine)
     new = axcodes2ornt(tuple(codes))
@@ -41,7 +41,7 @@ def orient(volume: Volume, codes: str = "RAS") -> tuple[Volume, Inverse]:
 
 def _reorient(volume: Volume, transform: NDArray[Any]) -> Volume:
     """Apply a nibabel orientation transform to the spatial axes; the data is a view."""
-    from nibabel.orientations import apply_orientation, inv_ornt_aff
+    from dints_deploy.imaging.lean_nibabel import apply_orientation, inv_ornt_aff
 
     affine = volume.affine @ inv_ornt_aff(transform, volume.shape)
     data = np.moveaxis(apply_orientation(np.moveaxis(volume.data, 0, -1), transform), -1, 0)  # (C, I, J, K)

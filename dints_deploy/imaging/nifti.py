@@ -67,13 +67,13 @@ def write_nifti(path: Path, volume: Volume) -> None:
     Raises:
         OutputError: `disk-full` or `output-unwritable`.
     """
-    from nibabel.nifti1 import Nifti1Image
-    from nibabel.nifti2 import Nifti2Image
+    from dints_deploy.imaging.lean_nibabel import Nifti1Image, Nifti2Image
 
     data = volume.data[0] if volume.channels == 1 else np.moveaxis(volume.data, 0, -1)
     data = data.astype(STORED_AS.get(data.dtype, data.dtype), copy=False)
     kind = Nifti1Image if max(data.shape) <= NIFTI1_MAX_AXIS else Nifti2Image
     image = kind(data, volume.affine, dtype=data.dtype)
+    image.header.set_xyzt_units("mm")
     image.set_sform(volume.affine, code=1)
     image.set_qform(volume.affine, code=1)
     # A qform cannot hold shear: a sheared grid is told by the sform alone.
@@ -144,9 +144,7 @@ def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
 
 
 def _claimed_bytes(path: Path, header: bytes, header_bytes: int) -> int:
-    from nibabel.nifti1 import Nifti1Header
-    from nibabel.nifti2 import Nifti2Header
-    from nibabel.spatialimages import HeaderDataError
+    from dints_deploy.imaging.lean_nibabel import HeaderDataError, Nifti1Header, Nifti2Header
 
     if len(header) < header_bytes:
         raise ScanRefused("scan-truncated", f"expected a header of {header_bytes} bytes in {path.name}: copy it again")
@@ -168,9 +166,7 @@ def _claimed_bytes(path: Path, header: bytes, header_bytes: int) -> int:
 
 def _parse(path: Path, raw: bytes) -> Any:
     """Return the checked header. Its extensions are not looked at: nibabel would hand some to a DICOM parser."""
-    from nibabel.nifti1 import Nifti1Header
-    from nibabel.nifti2 import Nifti2Header
-    from nibabel.spatialimages import HeaderDataError
+    from dints_deploy.imaging.lean_nibabel import HeaderDataError, Nifti1Header, Nifti2Header
 
     header_bytes = HEADER_BYTES[raw[:4]]
     kind = Nifti1Header if header_bytes == 348 else Nifti2Header
@@ -185,8 +181,7 @@ def _parse(path: Path, raw: bytes) -> Any:
 
 
 def _voxels(path: Path, header: Any, raw: bytes) -> NDArray[Any]:
-    from nibabel.arrayproxy import ArrayProxy
-    from nibabel.spatialimages import HeaderDataError
+    from dints_deploy.imaging.lean_nibabel import ArrayProxy, HeaderDataError
 
     dtype, shape = header.get_data_dtype(), header.get_data_shape()
     if dtype.kind not in "fiu":
@@ -206,13 +201,15 @@ def _voxels(path: Path, header: Any, raw: bytes) -> NDArray[Any]:
 
 
 def _affine(path: Path, header: Any) -> NDArray[np.float64]:
-    from nibabel.spatialimages import HeaderDataError
+    from dints_deploy.imaging.lean_nibabel import HeaderDataError
 
     try:
         sform, sform_code = header.get_sform(coded=True)
         qform, qform_code = header.get_qform(coded=True)
     except (HeaderDataError, ValueError) as error:
         raise ScanRefused("scan-affine", f"expected a valid qform in {path.name}, found: {error}") from error
+    if (unit := header.get_xyzt_units()[0]) not in ("mm", "unknown"):
+        raise ScanRefused("scan-affine", f"expected millimetres in {path.name}, found {unit}: convert the header")
     if sform is None and qform is None:
         raise ScanRefused(
             "scan-affine",
@@ -220,6 +217,10 @@ def _affine(path: Path, header: Any) -> NDArray[np.float64]:
         )
     if sform is None or qform is None:
         return np.array(qform if sform is None else sform, dtype=np.float64)
+    if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+        raise ScanRefused(
+            "scan-affine", f"expected sform and qform of {path.name} to agree on left and right: repair the header"
+        )
     shape = header.get_data_shape()[:3]
     if sform_code == qform_code and not Grid(shape, sform).same_as(
         Grid(shape, qform), 0.5 * min(Grid(shape, qform).spacing)

@@ -79,7 +79,7 @@ def open_study(channels: Mapping[str, Path], resources: ExitStack) -> Study | No
 
 
 def is_dicom(path: Path) -> bool:
-    """Say whether a path is to be read as DICOM: a folder, a zip, or a file that is no NIfTI by its name."""
+    """Say whether a path is to be read as DICOM: a folder, a `.zip` or a `.dcm`."""
     return path.is_dir() or path.suffix.lower() in (".zip", ".dcm")
 
 

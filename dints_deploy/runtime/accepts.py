@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.imaging.geometry import orient
@@ -12,6 +14,9 @@ from dints_deploy.imaging.volume import Grid, Volume
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
 TOLERANCE = 1e-3
 """Relative slack on lengths: headers are float32."""
+
+SHEAR_TOLERANCE = 1e-2
+"""Largest cosine between two voxel axes (0.6 degrees) of a grid that counts as orthogonal."""
 
 
 def check_accepts(scan: Volume, entry: Entry, *, modality: str | None = None) -> None:
@@ -23,12 +28,13 @@ def check_accepts(scan: Volume, entry: Entry, *, modality: str | None = None) ->
         modality: DICOM Modality, None where the file does not say (NIfTI).
 
     Raises:
-        ScanRefused: `scan-modality`, `scan-shape`, `scan-spacing` or `scan-extent`.
+        ScanRefused: `scan-modality`, `scan-affine`, `scan-shape`, `scan-spacing` or `scan-extent`.
     """
     accepts = entry.accepts
     if modality is not None and modality not in accepts.modality:
         raise ScanRefused("scan-modality", f"expected {' or '.join(accepts.modality)}, found {modality}")
     grid = _upright(scan)
+    _check_orthogonal(grid)
     _check("scan-shape", "voxels", grid.shape, accepts.shape_min, None, entry)
     _check("scan-spacing", "mm of spacing", grid.spacing, accepts.spacing_min, accepts.spacing_max, entry)
     _check("scan-extent", "mm of extent", grid.extent, accepts.extent_min, accepts.extent_max, entry)
@@ -63,6 +69,15 @@ def accepting(scan: Volume, entries: Sequence[Entry], *, modality: str | None = 
 
 def _upright(scan: Volume) -> Grid:
     return orient(Volume(scan.data[:1], scan.affine))[0].grid
+
+
+def _check_orthogonal(grid: Grid) -> None:
+    """Refuse a sheared grid: networks see voxels as boxes, and spacing would say nothing about their shape."""
+    directions = grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0)
+    largest = float(np.abs(directions.T @ directions - np.eye(3)).max())
+    if largest > SHEAR_TOLERANCE:
+        angle = float(np.degrees(np.arccos(min(1.0, largest))))
+        raise ScanRefused("scan-affine", f"expected voxel axes at right angles, found {angle:.1f} degrees: resample it")
 
 
 def _check(

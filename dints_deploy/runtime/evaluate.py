@@ -74,6 +74,20 @@ def evaluate(
     return Evaluation(scores, summarise(scores))
 
 
+def check_labels(dataset: Dataset, spec: Entry) -> None:
+    """Refuse a dataset whose labels are not the entry's; names may differ, values may not.
+
+    Raises:
+        DatasetError: `dataset-invalid`.
+    """
+    expected = {label.value: label.name for label in spec.labels}
+    if set(dataset.labels) != set(expected):
+        raise DatasetError(
+            "dataset-invalid",
+            f"expected the labels of {spec.name} ({expected}), found {dataset.labels} in dataset.json",
+        )
+
+
 def unseen_cases(dataset: Dataset, entry: LoadedEntry, fold: int | None) -> tuple[Case, ...]:
     """Return the cases to measure an entry on: a fold's validation part, or all that it was not trained on.
 

@@ -18,7 +18,13 @@ from dints_deploy.imaging.geometry import Inverse, orient, pad, resample, spaced
 from dints_deploy.imaging.volume import Grid, Volume
 
 LABEL_LIKE_VALUES = 12
-"""An integer image with at most this many distinct values is a label map: scans have more (tests hold the margin)."""
+"""Whole numbers with at most this many distinct values are a label map: scans have more (tests hold the margin)."""
+
+MOST_LABELS = 512
+"""Whole numbers with more distinct values than this are never taken for a label map."""
+
+FLAT_SHARE = 0.5
+"""Share of equal neighbours inside structures above which few whole numbers are labels; in scans noise keeps it low."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +82,24 @@ def check_voxels(scan: Volume) -> None:
 
 
 def _looks_like_labels(voxels: NDArray[Any]) -> bool:
+    """Say whether these are whole numbers that are few, or that stand in flat pieces."""
     if voxels.size <= LABEL_LIKE_VALUES:
         return False
     # A sample settles nearly every real scan without sorting the whole volume.
     sample = np.unique(voxels.reshape(-1)[:: max(1, voxels.size // 4096)])
-    if len(sample) > LABEL_LIKE_VALUES or (sample != np.round(sample)).any():
+    if len(sample) > MOST_LABELS or (sample != np.round(sample)).any():
         return False
-    values = np.unique(voxels)
-    return len(values) <= LABEL_LIKE_VALUES and bool((values == np.round(values)).all())
+    values, counts = np.unique(voxels, return_counts=True)
+    if len(values) > MOST_LABELS or (values != np.round(values)).any():
+        return False
+    return len(values) <= LABEL_LIKE_VALUES or _flat_share(voxels, values[counts.argmax()]) > FLAT_SHARE
+
+
+def _flat_share(voxels: NDArray[Any], background: Any) -> float:
+    """Return how often a voxel along k equals the one before it, where neither is background."""
+    before, after = voxels[..., :-1], voxels[..., 1:]
+    inside = (before != background) & (after != background)
+    return float((before == after)[inside].mean()) if inside.any() else 0.0
 
 
 def prepare(scan: Volume, preparation: Preparation) -> Prepared:

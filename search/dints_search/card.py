@@ -25,7 +25,7 @@ $scores
 ## How it was made
 
 - Task $task: $cases training cases of fold $fold. Their ids and digests are in `entry.toml`; `evaluate` refuses them.
-  The other cases of the fold were looked at once, for the scores above: no choice was made on them.
+  No choice was made on the other cases of the fold, which the scores above are measured on.
 - The DiNTS network of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
   $gmac GMAC for a window of $window voxels.
 - $steps steps of $batch patches, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
