@@ -37,6 +37,28 @@ def test_segmenting_a_scan_loads_neither_torch_nor_monai(tmp_path: Path, data: P
     assert imported.isdisjoint(HEAVY)
 
 
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_segmenting_a_scan_opens_no_connection(engine: str, tmp_path: Path, data: Path) -> None:
+    """Python's audit hook sees every socket of this process, and forks, which could open one unseen."""
+    scan = data / "Task04_Hippocampus" / "imagesTr" / "hippocampus_038.nii.gz"
+    words = ["segment", str(scan), "--model", "hippocampus", "--engine", engine, "-o", str(tmp_path / "x.nii.gz")]
+    script = f"""
+import sys
+seen = []
+events = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "os.fork", "subprocess.Popen")
+sys.addaudithook(lambda event, args: seen.append(event) if event in events else None)
+sys.argv = ["dints-deploy", *{words!r}]
+from dints_deploy.cli.main import app
+try:
+    app()
+except SystemExit as done:
+    print("exit", done.code or 0)
+print("seen", sorted(set(seen)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["exit 0", "seen []"]
+
+
 def test_import_contracts_hold() -> None:
     lint = Path(sys.executable).parent / "lint-imports"
     done = subprocess.run([str(lint)], cwd=ROOT, capture_output=True, text=True, check=False)
