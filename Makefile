@@ -33,8 +33,12 @@ check: $(VENV)/done
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# Apart from each other: the contract suite loads three inference engines beside torch, and with them in one process a
+# later torch worker process took the whole suite down with it.
 test: check
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest tests/contract
+	$(VENV)/bin/pytest tests/acceptance tests/architecture tests/integration
+	$(VENV)/bin/pytest tests/unit
 
 format: $(VENV)/done
 	$(VENV)/bin/ruff check --fix-only .
