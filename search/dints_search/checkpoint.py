@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,7 +43,10 @@ def load_checkpoint(path: Path, configuration: str) -> dict[str, Any]:
     Raises:
         DatasetError: `checkpoint-invalid` or `run-mismatch`.
     """
-    state: Any = torch.load(io.BytesIO(_payload(path)), map_location="cpu", weights_only=True)
+    try:
+        state: Any = torch.load(io.BytesIO(_payload(path)), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise DatasetError("checkpoint-invalid", f"expected only tensors and numbers in {path}, found more") from error
     if not isinstance(state, dict):
         raise DatasetError("checkpoint-invalid", f"expected a checkpoint at {path}, found something else in it")
     if state.get("configuration") != configuration:

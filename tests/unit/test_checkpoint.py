@@ -98,7 +98,7 @@ class Evil:
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
-    torch.save(state() | {"extra": Evil(tmp_path / "harm")}, tmp_path / "c.pt")
+    save_checkpoint(tmp_path / "c.pt", state() | {"extra": Evil(tmp_path / "harm")})
     with pytest.raises(DatasetError) as caught:
         load_checkpoint(tmp_path / "c.pt", DIGEST)
     assert caught.value.code == "checkpoint-invalid"
@@ -106,10 +106,11 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path: Pat
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    save_checkpoint(tmp_path / "tensor.pt", torch.zeros(3))  # type: ignore[arg-type]
+    torch.save(state(), tmp_path / "bare.pt")
     (tmp_path / "text.pt").write_text("PK\x03\x04 not an archive")
     (tmp_path / "empty.pt").touch()
-    for name in ("tensor.pt", "text.pt", "empty.pt", "missing.pt", "."):
+    for name in ("tensor.pt", "bare.pt", "text.pt", "empty.pt", "missing.pt", "."):
         with pytest.raises(DatasetError) as caught:
             load_checkpoint(tmp_path / name, DIGEST)
         assert caught.value.code == "checkpoint-invalid"

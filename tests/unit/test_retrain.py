@@ -131,6 +131,14 @@ def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(
     assert not list(resumed.glob(".partial*"))
 
 
+def test_the_average_is_what_is_published(whole: Path) -> None:
+    weights = load_file(whole / "fp32" / "run" / "weights.safetensors")
+    state = saved(whole / "fp32" / "run")
+    assert set(weights) == set(state["average"])
+    assert all(torch.equal(tensor, state["average"][name]) for name, tensor in weights.items())
+    assert not all(torch.equal(tensor, state["network"][name]) for name, tensor in weights.items())
+
+
 def test_bfloat16_is_not_single_precision_under_another_name(whole: Path) -> None:
     single, brain = (load_file(whole / precision / "run" / "weights.safetensors") for precision in ("fp32", "bf16"))
     assert all(tensor.dtype == torch.float32 for tensor in brain.values())
