@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,7 @@ class OpenVinoEngine:
             "NUM_STREAMS": 1,
         }
         try:
-            core = openvino.Core()
+            core = _core()
             model = core.read_model(network, b"")
             check_ends(len(model.inputs), len(model.outputs))
             channels = model.input(0).partial_shape[1]
@@ -54,6 +55,17 @@ class OpenVinoEngine:
         return OpenVinoSession(
             compiled, SessionInfo(self.name, openvino.__version__.split("-")[0], "cpu", precision, why)
         )
+
+
+@functools.cache
+def _core() -> Any:
+    """Return the one OpenVINO core of this process.
+
+    Each core that compiles for the CPU takes over the thread's alternate signal stack and gives it back when it ends.
+    Of several, those that end in another order than they began leave a freed stack behind, and the next signal kills
+    the process (2026.4: an ensemble, then Ctrl-C).
+    """
+    return openvino.Core()
 
 
 class OpenVinoSession:

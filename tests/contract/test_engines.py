@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,25 @@ def test_auto_takes_the_quick_start_for_few_windows_and_the_fast_engine_for_many
     assert "1 window" in why_few
     assert "1000 windows" in why_many
     assert choose_engine("onnx", windows=1000)[1] == "asked for"
+
+
+SIGNALLED = """
+import os, signal
+from tests.contract.test_engines import ENGINES, WHOLE, WINDOW
+
+sessions = []
+for name in ["openvino", "onnx", "openvino", "openvino"]:
+    sessions.append(ENGINES[name]().open(WHOLE, window=WINDOW, batch=1, precision="fp32", why=""))
+while sessions:
+    del sessions[0]
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_is_handled_after_the_networks_of_an_ensemble_were_closed() -> None:
+    """OpenVINO's cores left a freed signal stack behind: the next signal, such as Ctrl-C, killed the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
