@@ -33,8 +33,8 @@ check: $(VENV)/done
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# Apart from each other: the contract suite loads three inference engines beside torch, and with them in one process a
-# later torch worker process took the whole suite down with it.
+# Apart from each other, so that native code that fails in one group (three engines beside torch) cannot take another
+# with it.
 test: check
 	$(VENV)/bin/pytest tests/contract
 	$(VENV)/bin/pytest tests/acceptance tests/architecture tests/integration

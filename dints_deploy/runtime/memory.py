@@ -14,7 +14,7 @@ from dints_deploy.runtime.preprocess import margins
 from dints_deploy.runtime.restore import BLOCK_BYTES, label_dtype
 
 BASE_BYTES: Final = 400 << 20
-"""Interpreter, libraries and a loaded engine (benchmarks measure it)."""
+"""Allowance for interpreter, libraries and a loaded engine; the small shipped entry needs about half of it."""
 
 FLOAT_BYTES: Final = 4
 
