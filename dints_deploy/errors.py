@@ -23,6 +23,9 @@ REASONS: Final[dict[str, str]] = {
     "entry-ambiguous": "several entries, or none, accept this scan: name one with --model",
     "entry-exists": "an entry of this name is already there",
     "entry-has-no-weights": "the entry is a recipe: it has a genotype but no trained network",
+    # the daemon: configuration
+    "config-invalid": "the configuration does not follow its schema, or names a file that is not there",
+    "config-rights": "others could change the configuration, or read a key or token",
     # the file of a scan
     "scan-missing": "the file does not exist or cannot be read",
     "scan-empty": "the file has no bytes",
