@@ -24,28 +24,40 @@ from dints_deploy.errors import DatasetError
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
+Range = tuple[PositiveFloat, PositiveFloat]
+
+
 class Augmentation(Strict):
-    """Probabilities and ranges of the augmentations; a probability of 0 turns one off.
+    """Probabilities and ranges of the augmentations; a probability of 0 turns one off. The defaults are nnU-Net's.
 
     Attributes:
-        rotation: radians around each axis. scaling: factor 1-s..1+s. translation: voxels.
-        mirror: axes that are flipped at random.
+        rotation_range: radians, at most this much around i, j and k.
+        scaling_range: factors of size. translation_range: voxels, at most this much along i, j and k.
+        elastic_voxels: standard deviation of the shifts of the control points of an elastic deformation.
+        mirror: axes that are flipped at random, each with probability 0.5.
     """
 
-    affine: Probability = 0.8
-    rotation: NonNegativeFloat = 0.3
-    scaling: NonNegativeFloat = 0.2
-    translation: NonNegativeFloat = 4
+    rotation: Probability = 0.2
+    rotation_range: tuple[float, float, float] = (0.5236, 0.5236, 0.5236)
+    scaling: Probability = 0.2
+    scaling_range: Range = (0.7, 1.4)
+    translation: Probability = 0.0
+    translation_range: tuple[float, float, float] = (4.0, 4.0, 4.0)
     elastic: Probability = 0.0
-    noise: Probability = 0.15
-    noise_std: NonNegativeFloat = 0.15
-    blur: Probability = 0.15
-    blur_sigma: tuple[float, float] = (0.4, 1.0)
-    low_resolution: Probability = 0.15
-    brightness: Probability = 0.3
-    brightness_range: NonNegativeFloat = 0.25
+    elastic_voxels: NonNegativeFloat = 2.0
+    noise: Probability = 0.1
+    noise_std: NonNegativeFloat = 0.1
+    blur: Probability = 0.2
+    blur_sigma: Range = (0.5, 1.0)
+    brightness: Probability = 0.15
+    brightness_range: Range = (0.75, 1.25)
+    contrast: Probability = 0.15
+    contrast_range: Range = (0.75, 1.25)
+    low_resolution: Probability = 0.25
+    low_resolution_range: Range = (0.5, 1.0)
+    gamma_of_negative: Probability = 0.1
     gamma: Probability = 0.3
-    gamma_range: tuple[float, float] = (0.7, 1.5)
+    gamma_range: Range = (0.7, 1.5)
     mirror: tuple[Axis, ...] = ("i", "j", "k")
 
 
@@ -55,13 +67,14 @@ class Retraining(Strict):
     Attributes:
         steps: optimiser steps; the learning rate falls to zero at the last.
         foreground: share of patches centred on a labelled voxel, where a scan is larger than the window.
+        weight_decay: of the convolutions' weights; norms and biases are left alone.
         ema: decay per step of the averaged weights, which are the ones published.
     """
 
     steps: PositiveInt
     batch: PositiveInt = 2
     learning_rate: PositiveFloat = 2e-3
-    weight_decay: NonNegativeFloat = 1e-2
+    weight_decay: NonNegativeFloat = 3e-2
     warmup_steps: NonNegativeInt = 100
     clip_norm: PositiveFloat = 5.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999

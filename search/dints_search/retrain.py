@@ -103,12 +103,12 @@ def retrain(
         cases,
         window=recipe.window,
         foreground=settings.foreground,
-        augmenter=Augmenter(settings.augmentation),
+        augmenter=Augmenter(settings.augmentation, recipe.channels),
         seed=seed,
         length=settings.steps * settings.batch,
     )
-    for image, label in batches(patches, settings.batch, first=state.step):
-        loss, rate = train_step(state, image.to(device), label.to(device), settings)
+    for image, label in batches(patches, settings.batch, first=state.step, device=device):
+        loss, rate = train_step(state, image, label, settings)
         report(state.step, loss, rate)
         if state.step % LOG_EVERY == 0:
             _log(folder, state, rate)
@@ -119,7 +119,10 @@ def retrain(
 
 def start(network: nn.Module, settings: Retraining) -> State:
     """Return the state before the first step."""
-    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    weights = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]  # norms and biases: decay would only bias them
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     average = deepcopy(network).eval().requires_grad_(False)
     return State(network, average, optimiser)
 
@@ -137,12 +140,15 @@ class _From(Sampler[int]):
         return self.length - self.first
 
 
-def batches(patches: Patches, batch: int, *, first: int, workers: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches from step `first` on: image (N, C, I, J, K), label (N, 1, I, J, K)."""
+def batches(
+    patches: Patches, batch: int, *, first: int, workers: int = 1, device: str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the augmented batches from step `first` on, on `device`: image (N, C, I, J, K), label (N, 1, I, J, K)."""
     sampler = _From(first * batch, len(patches))
     # forked, a worker has everything loaded and ends with its parent; started otherwise (Python 3.14) it has neither
     start: dict[str, Any] = {"prefetch_factor": 8, "multiprocessing_context": "fork"} if workers else {}
-    yield from DataLoader(patches, batch, sampler=sampler, num_workers=workers, **start)
+    for image, label, seeds in DataLoader(patches, batch, sampler=sampler, num_workers=workers, **start):
+        yield patches.augmenter(image.to(device), label.to(device), seeds=seeds.tolist())
 
 
 LOSS = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)

@@ -51,7 +51,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         write_task(folder / "task")
         write_genotype(folder / "genotype.json")
         write_recipe(
-            folder / "recipe.toml", steps=110, learning_rate=0.01, precision="fp32", augmentation={"affine": 0}
+            folder / "recipe.toml",
+            steps=110,
+            learning_rate=0.01,
+            precision="fp32",
+            augmentation={"rotation": 0, "scaling": 0},
         )
         for fold in (0, 1):
             assert retrain(folder, f"run{fold}", fold).code == 0

@@ -10,13 +10,15 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from dints_search.augment import Augmenter
+from dints_deploy.catalog.preparation import Channel
+from dints_search.augment import Augmenter, sample, sampling_grid, warp_label
 from dints_search.dataset import Patches, TrainingCase
 from dints_search.recipe import Augmentation
 from dints_search.retrain import batches
 
 OFF: dict[str, Any] = {
-    "affine": 0, "elastic": 0, "noise": 0, "blur": 0, "low_resolution": 0, "brightness": 0, "gamma": 0, "mirror": [],
+    "rotation": 0, "scaling": 0, "translation": 0, "elastic": 0, "noise": 0, "blur": 0, "brightness": 0, "contrast": 0,
+    "low_resolution": 0, "gamma_of_negative": 0, "gamma": 0, "mirror": [],
 }  # fmt: skip
 NOTHING = Augmentation(**OFF)
 THRESHOLD = 0.5
@@ -53,40 +55,54 @@ def patches(settings: Augmentation = NOTHING, *, seed: int = 5, foreground: floa
     )
 
 
-def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+Pair = tuple[Tensor, Tensor]
+
+EVERYTHING = Augmentation(rotation=0.5, scaling=0.5, translation=0.5, elastic=0.5, noise=0.5, blur=0.5)
+
+
+def same(a: Pair, b: Pair) -> bool:
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def change(settings: Augmentation, pair: Pair, seed: int) -> Pair:
+    """Return one image (C, I, J, K) and its label, augmented as a batch of one."""
+    image, label = Augmenter(settings)(pair[0][None], pair[1][None], seeds=[seed])
+    return image[0], label[0]
+
+
+def item(source: Patches, index: int) -> Pair:
+    """Return an augmented patch."""
+    image, label, seed = source[index]
+    return change(source.augmenter.settings, (image, label), seed)
+
+
 def test_a_patch_depends_on_its_seed_and_index_alone() -> None:
-    settings = Augmentation(elastic=0.5)
-    first = patches(settings)
-    expected = [first[n] for n in range(12)]
-    again = patches(settings)
+    expected = [item(patches(EVERYTHING), n) for n in range(12)]
+    again = patches(EVERYTHING)
     torch.manual_seed(1)
     np.random.seed(1)
-    backwards = [again[n] for n in reversed(range(12))][::-1]
+    backwards = [item(again, n) for n in reversed(range(12))][::-1]
     assert all(same(a, b) for a, b in zip(expected, backwards, strict=True))
     assert not any(same(expected[a], expected[b]) for a in range(12) for b in range(a))
-    other = patches(settings, seed=6)
-    assert not any(same(expected[n], other[n]) for n in range(12))
+    other = patches(EVERYTHING, seed=6)
+    assert not any(same(expected[n], item(other, n)) for n in range(12))
 
 
 def test_drawing_a_patch_leaves_the_global_random_state_alone() -> None:
-    source = patches(Augmentation(elastic=1.0, affine=1.0))
     state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
-    assert source[0][0].shape == (1, *WINDOW)
+    assert item(patches(Augmentation(elastic=1.0, noise=1.0)), 0)[0].shape == (1, *WINDOW)
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy_state)
 
 
-def test_batches_are_the_same_for_any_number_of_workers_and_any_place_to_start() -> None:
-    source = patches(Augmentation())
-    expected = [(torch.stack([source[n][0], source[n + 1][0]]), torch.stack([source[n][1], source[n + 1][1]]))
-                for n in range(0, 12, 2)]  # fmt: skip
-    for workers, first in [(0, 0), (1, 0), (0, 4), (1, 4), (1, 6)]:
-        found = list(batches(source, 2, first=first, workers=workers))
-        assert len(found) == 6 - first
-        assert all(same(a, b) for a, b in zip(found, expected[first:], strict=True))
+def test_batches_are_the_same_for_any_size_any_number_of_workers_and_any_place_to_start() -> None:
+    source = patches(EVERYTHING)
+    items = [item(source, n) for n in range(12)]
+    for size, workers, first in [(2, 0, 0), (2, 1, 0), (2, 0, 4), (2, 1, 4), (4, 1, 1), (3, 0, 0)]:
+        found = list(batches(source, size, first=first, workers=workers))
+        assert [len(image) for image, _ in found] == [size] * (12 // size - first)
+        pairs = [pair for image, label in found for pair in zip(image, label, strict=True)]
+        assert all(same(a, b) for a, b in zip(pairs, items[first * size :], strict=True))
 
 
 def test_every_epoch_visits_every_case_once_in_an_order_of_its_own() -> None:
@@ -101,7 +117,7 @@ def test_without_augmentation_a_patch_is_cut_from_the_scan_and_its_label_with_it
     whole = cases()[0]
     starts = set()
     for index in range(30):
-        image, label = patches(length=30)[index]
+        image, label, _ = patches(length=30)[index]
         assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
         start = np.unravel_index(int(image[0, 0, 0, 0]) % 100_000, (20, 19, 22))
         box = tuple(slice(a, a + w) for a, w in zip(start, WINDOW, strict=True))
@@ -113,7 +129,7 @@ def test_without_augmentation_a_patch_is_cut_from_the_scan_and_its_label_with_it
 
 def test_a_foreground_patch_has_a_labelled_voxel_in_its_middle_as_far_as_the_scan_goes() -> None:
     for index in range(12):
-        _, label = patches(foreground=1.0)[index]
+        _, label, _ = patches(foreground=1.0)[index]
         # the voxel (14, 9, 12) would start a patch at (6, 1, 4); a scan of 20 x 19 x 22 has room for at most (4, 3, 6)
         assert label[0, 10, 8, 8] == 1
     assert {int(patches(foreground=0.0, length=40)[n][1].argmax()) for n in range(40)} != {0}
@@ -122,31 +138,32 @@ def test_a_foreground_patch_has_a_labelled_voxel_in_its_middle_as_far_as_the_sca
 
 def test_with_everything_off_nothing_changes() -> None:
     image, label = phantom()
-    changed = Augmenter(NOTHING)(image, label, seed=1)
+    changed = change(NOTHING, (image, label), 1)
     assert torch.equal(changed[0], image)
     assert torch.equal(changed[1], label)
 
 
 SPATIAL = {
-    "affine": only(affine=1, rotation=0.6, scaling=0.3, translation=5),
+    "rotation": only(rotation=1, rotation_range=(0.6, 0.6, 0.6)),
+    "scaling": only(scaling=1),
+    "translation": only(translation=1, translation_range=(5, 4, 3)),
     "elastic": only(elastic=1),
-    "all": only(affine=1, elastic=1, mirror=["i", "j", "k"]),
+    "all": only(rotation=1, scaling=1, translation=1, elastic=1, mirror=["i", "j", "k"]),
 }
 
 
 @pytest.mark.parametrize("name", SPATIAL)
 def test_a_label_stays_on_its_image(name: str) -> None:
-    augment = Augmenter(SPATIAL[name])
     wrong, left_behind = [], []
     for seed in range(6):
         image, label = phantom(seed)
-        moved, moved_label = augment(image, label, seed=seed)
+        moved, moved_label = change(SPATIAL[name], (image, label), seed)
         assert moved.shape == image.shape
         assert int(moved_label.max()) == 1
-        # near the threshold a voxel may fall to either side: the image is interpolated, the label taken nearest
+        # near the threshold a voxel may fall to either side: both are interpolated
         clear = (moved - THRESHOLD).abs() > 0.3
         astray = (moved_label > 0) != (moved > THRESHOLD)
-        assert clear.float().mean() > 0.8
+        assert clear.float().mean() > 0.6
         assert astray[clear].float().mean() < 1e-3
         wrong.append(float(astray.float().mean()))
         left_behind.append(float(((label > 0) != (moved > THRESHOLD)).float().mean()))
@@ -156,11 +173,10 @@ def test_a_label_stays_on_its_image(name: str) -> None:
 
 def test_only_the_named_axes_are_mirrored_and_each_of_them_sometimes() -> None:
     image, label = phantom()
-    augment = Augmenter(only(mirror=["i", "k"]))
     allowed = [(), (1,), (3,), (1, 3)]
     found = set()
     for seed in range(24):
-        moved, moved_label = augment(image, label, seed=seed)
+        moved, moved_label = change(only(mirror=["i", "k"]), (image, label), seed)
         [flips] = [flips for flips in allowed if torch.equal(moved, torch.flip(image, flips))]
         assert torch.equal(moved_label, torch.flip(label, flips))
         found.add(flips)
@@ -172,6 +188,8 @@ INTENSITY = {
     "blur": only(blur=1),
     "low resolution": only(low_resolution=1),
     "brightness": only(brightness=1),
+    "contrast": only(contrast=1),
+    "gamma of negative": only(gamma_of_negative=1),
     "gamma": only(gamma=1),
 }
 
@@ -180,7 +198,7 @@ INTENSITY = {
 def test_a_change_of_intensity_changes_the_image_and_never_the_label(name: str) -> None:
     image, label = phantom()
     before = image.clone()
-    changed, same_label = Augmenter(INTENSITY[name])(image, label, seed=3)
+    changed, same_label = change(INTENSITY[name], (image, label), 3)
     assert torch.equal(same_label, label)
     assert changed.shape == image.shape
     assert changed.dtype == torch.float32
@@ -191,9 +209,34 @@ def test_a_change_of_intensity_changes_the_image_and_never_the_label(name: str) 
     assert torch.equal(image, before)
 
 
-def test_equal_seeds_give_equal_results_and_others_do_not() -> None:
+def test_a_shift_moves_whole_voxels() -> None:
     image, label = phantom()
-    augment = Augmenter(Augmentation(affine=1, noise=1))
-    first, again, other = (augment(image, label, seed=seed) for seed in (7, 7, 8))
-    assert same(first, again)
-    assert not torch.equal(first[0], other[0])
+    moved, moved_label = change(only(translation=1, translation_range=(6, 6, 6)), (image, label), 4)
+    kept = [float(v) for v in torch.unique(moved) if v != 0]
+    assert set(kept) <= {float(v) for v in torch.unique(image)}
+    assert not torch.equal(moved, image)
+    assert torch.equal(moved_label > 0, moved > THRESHOLD)
+
+
+def test_a_label_is_interpolated_and_not_taken_from_the_nearest_voxel() -> None:
+    image, _ = phantom(2, (24, 24, 24))
+    label = ((image > THRESHOLD).long() + (image < -THRESHOLD).long() * 2)  # fmt: skip
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        grid = sampling_grid((24, 24, 24), only(rotation=1, scaling=1), rng, torch.device("cpu"))
+        assert grid is not None
+        shares = torch.cat([sample((label == value).float(), grid) for value in range(3)])
+        shares[0] += 1 - shares.sum(0)  # around the scan is background
+        assert (warp_label(label, grid)[0] == shares.argmax(0)).float().mean() > 0.9999
+
+
+def test_what_moves_into_a_patch_is_what_lies_around_a_scan() -> None:
+    channels = [Channel(name=f, modality="CT", intensity={"scheme": "identity"}, fill=f) for f in ("zero", "minimum")]
+    image = torch.full((1, 2, 16, 16, 16), 5.0)
+    image[:, :, 8, 8, 8] = -3.0
+    settings = only(scaling=1, scaling_range=(0.5, 1.0), translation=1, translation_range=(8, 8, 8))
+    moved, _ = Augmenter(settings, channels)(image, torch.zeros(1, 1, 16, 16, 16).long(), seeds=[8])
+    corners = [float(moved[0, c, i, j, k]) for c in range(2) for i in (0, -1) for j in (0, -1) for k in (0, -1)]
+    assert 0.0 in corners[:8]
+    assert -3.0 in corners[8:]
+    assert not {0.0} & set(corners[8:])
