@@ -1,4 +1,4 @@
-"""Write docs/performance.md from the JSON that the benchmarks left in benchmarks/results/.
+"""Write docs/performance.md and docs/dicom-measured.md from the JSON that the benchmarks left in benchmarks/results/.
 
 python -m benchmarks.report
 """
@@ -10,21 +10,31 @@ from typing import Any
 
 from benchmarks.machine import ROOT
 
-PAGE = ROOT / "docs" / "performance.md"
-HEAD = """# Performance
+PAGES = {
+    "performance": """# Performance
 
 Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every table is one run in which the
 contenders alternate on one machine, so the ratios count, not the seconds.
-"""
+""",
+    "dicom-measured": """# DICOM, measured
+
+Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. What is read and written is
+described in [dicom.md](dicom.md).
+""",
+}
+"""Page in docs/ -> its head. A result names its page; without, it belongs to performance."""
 
 
 def main() -> None:
-    """Write the page."""
-    parts = [HEAD]
+    """Write the pages."""
+    parts = {name: [head] for name, head in PAGES.items()}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        parts.append(section(path.stem, json.loads(path.read_text())))
-    PAGE.write_text("\n".join(parts))
-    print(PAGE)
+        result = json.loads(path.read_text())
+        parts[result.get("page", "performance")].append(section(path.stem, result))
+    for name, sections in parts.items():
+        page = ROOT / "docs" / f"{name}.md"
+        page.write_text("\n".join(sections))
+        print(page)
 
 
 def section(name: str, result: dict[str, Any]) -> str:
@@ -40,8 +50,18 @@ def section(name: str, result: dict[str, Any]) -> str:
     if "median" in result:
         lines += ["| contender | median s | times faster than the peer |", "|---|---|---|"]
         lines += [f"| {k} | {v:.2f} | {result['ratio'][k]:.1f} |" for k, v in result["median"].items()]
+    for table in result.get("tables", []):
+        lines += rows(table)
     lines += ["", *[f"- {key}: {value}" for key, value in result.get("facts", {}).items()], ""]
     return "\n".join(lines)
+
+
+def rows(table: dict[str, Any]) -> list[str]:
+    """Return a table of {"columns": names, "rows": lists of text}, under its "about" where it has one."""
+    about = [table["about"], ""] if "about" in table else []
+    columns = table["columns"]
+    lines = [columns, ["---"] * len(columns), *table["rows"]]
+    return [*about, *["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines], ""]
 
 
 if __name__ == "__main__":
