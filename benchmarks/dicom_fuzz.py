@@ -1,15 +1,16 @@
 """Feed damaged and lying DICOM files to the reader: each must end in a volume or a code, soon and in little memory.
 
-    python -m benchmarks.dicom_fuzz [COUNT] [SEED]        10 000 inputs and seed 0 unless told otherwise
+    python -m benchmarks.dicom_fuzz [--count 10000] [--seed 0]
 
 Each input is a series of three small files, one or all of them altered: bytes flipped, cut, repeated or inserted,
 lengths overwritten, attributes removed or set to values that make no sense, sequences nested deeply; now and then in a
-zip, which is damaged too. Prints the fates, the slowest input and the peak of memory; what crashed is kept in the
-folder it names.
+zip, which is damaged too. Prints the fates, the slowest input and the peak of memory, and writes them to
+benchmarks/results/dicom_fuzz.json; what crashed is kept in the folder it names.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import resource
 import shutil
@@ -35,6 +36,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from benchmarks.machine import write
 from dints_deploy.dicom.bounded import Limits, quiet
 from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.findings import REGULARISING, STRICT, Policy
@@ -42,7 +44,8 @@ from dints_deploy.dicom.inspect import as_lines, describe
 from dints_deploy.dicom.read import read_series
 from dints_deploy.dicom.series import collect
 from dints_deploy.errors import REASONS, DintsError
-from tests.dicom_phantoms import straight, write, write_enhanced
+from tests.dicom_phantoms import straight, write_enhanced
+from tests.dicom_phantoms import write as write_series
 
 LIMITS = Limits(
     header_bytes=1 << 20, stack_bytes=64 << 20, archive_bytes=8 << 20, frame_seconds=5.0, decoder_bytes=1 << 30
@@ -101,7 +104,7 @@ def corpus(folder: Path) -> list[list[bytes]]:
     for number, syntax in enumerate((*PLAIN, *PACKED)):
         phantom = straight(planes=3, rows=32, columns=32, seed=number)
         plain = syntax if syntax in PLAIN else ExplicitVRLittleEndian
-        paths = write(folder / str(number), phantom, syntax=plain)
+        paths = write_series(folder / str(number), phantom, syntax=plain)
         for path in paths if syntax in PACKED else ():
             ds = dcmread(path)
             ds.compress(syntax, generate_instance_uid=False)
@@ -254,20 +257,34 @@ def _known(error: DintsError) -> str:
 
 
 def main() -> None:
-    """Run and print the outcome."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    """Run, print and write the outcome."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dicom-fuzz-"))
     start = time.perf_counter()
-    outcome = run(count, seed, folder)
-    print(f"{count} inputs, seed {seed}, {time.perf_counter() - start:.0f} s")
+    outcome = run(options.count, options.seed, folder)
+    facts = {
+        "inputs": options.count,
+        "seed": options.seed,
+        "crashes": len(outcome.crashes),
+        "seconds": round(time.perf_counter() - start),
+        "slowest input, s": round(outcome.slowest_s, 2),
+        "peak memory of the reader, MB": round(outcome.peak_mb),
+    }
+    for name, value in facts.items():
+        print(f"{name}: {value}")
     for fate, times in outcome.fates.most_common():
         print(f"{times:8d}  {fate}")
-    print(f"slowest input {outcome.slowest_s:.2f} s, peak memory {outcome.peak_mb:.0f} MB")
     for crash in outcome.crashes:
         print(crash)
     if not outcome.crashes:
         shutil.rmtree(folder)
+    rows = [[f"`{fate}`", times] for fate, times in outcome.fates.most_common()]
+    table = {"about": "Fate of each input:", "columns": ["volume or reason code", "inputs"], "rows": rows}
+    title = "Damaged and lying files"
+    write("dicom_fuzz", {"page": "dicom-measured", "title": title, "facts": facts, "tables": [table]})
     sys.exit(bool(outcome.crashes))
 
 

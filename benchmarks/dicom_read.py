@@ -1,16 +1,17 @@
 """Read 600 slices of 512x512 from DICOM: ours against a plain pydicom loop and SimpleITK, in one run.
 
-    python -m benchmarks.dicom_read [SLICES] [REPEATS]
+    python -m benchmarks.dicom_read [--slices 600] [--repeats 3]
 
 Files are synthetic CT with noise, in the page cache. Each reader gives float32 values in order along the normal, equal
 voxel by voxel. Times are the best of the repeats, taken in turn. Of the compressed syntaxes a third of the slices is
 read; they are decoded in processes that a daemon keeps running and the command line starts. Peak memory is that of a
-process that reads once, over its start, without the decoding processes.
+process that reads once, over its start, without the decoding processes. Prints the tables and writes them to
+benchmarks/results/dicom_read.json. SimpleITK is no dependency: `pip install SimpleITK`.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,12 @@ from numpy.typing import NDArray
 from pydicom import dcmread, dcmwrite
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
+from benchmarks.machine import write
 from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.read import read_series
 from dints_deploy.dicom.series import collect
-from tests.dicom_phantoms import straight, write
+from tests.dicom_phantoms import straight
+from tests.dicom_phantoms import write as write_series
 
 EDGE = 512
 SYNTAXES = (ExplicitVRLittleEndian, RLELossless, JPEGLSLossless, JPEG2000Lossless)
@@ -62,6 +65,7 @@ def simpleitk(folder: Path) -> NDArray[np.float32]:
 
 
 Reader = Callable[[Path], NDArray[np.float32]]
+RUNNING = "ours, decoders running"
 READERS: dict[str, Reader] = {
     "ours": ours,
     "plain pydicom loop": plain_pydicom,
@@ -74,7 +78,7 @@ def make(folder: Path, slices: int, syntax: str) -> None:
     rng = np.random.default_rng(0)
     body = np.hypot(*np.mgrid[-1 : 1 : EDGE * 1j, -1 : 1 : EDGE * 1j]) < 0.8
     pixels = (body * 1000 + rng.normal(0, 15, (slices, EDGE, EDGE)).astype(np.float32) + 100).astype(np.uint16)
-    for path in write(folder, straight(slices, pixels=pixels, step=1.25, intercept=-1024.0)):
+    for path in write_series(folder, straight(slices, pixels=pixels, step=1.25, intercept=-1024.0)):
         if syntax != ExplicitVRLittleEndian:
             ds = dcmread(path)
             ds.compress(syntax, generate_instance_uid=False)
@@ -93,18 +97,24 @@ def peak_mb(name: str, folder: Path) -> float:
 
 
 def main() -> None:
-    """Print the table."""
-    slices = int(sys.argv[1]) if len(sys.argv) > 1 else 600
-    repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    print(f"{slices} slices of {EDGE}x{EDGE}, {len(os.sched_getaffinity(0))} cores, best of {repeats}, seconds")
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slices", type=int, default=600)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    tables = []
     with Decoders() as running:
         for syntax in SYNTAXES:
-            measure(syntax, slices, repeats, {**READERS, "ours, decoders running": partial(ours, decoders=running)})
+            count = options.slices if syntax == ExplicitVRLittleEndian else max(options.slices // 3, 10)
+            table = measure(syntax, count, options.repeats, {**READERS, RUNNING: partial(ours, decoders=running)})
+            print(table["about"], *table["rows"], sep="\n")
+            tables.append(table)
+    facts = {"best of": options.repeats, "values": "equal voxel by voxel among the readers"}
+    write("dicom_read", {"title": f"Reading DICOM slices of {EDGE} x {EDGE}", "facts": facts, "tables": tables})
 
 
-def measure(syntax: UID, slices: int, repeats: int, readers: dict[str, Reader]) -> None:
-    """Print the lines of one transfer syntax."""
-    count = slices if syntax == ExplicitVRLittleEndian else max(slices // 3, 10)
+def measure(syntax: UID, count: int, repeats: int, readers: dict[str, Reader]) -> dict[str, Any]:
+    """Return the table of one transfer syntax."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make(folder, count, syntax)
@@ -117,10 +127,10 @@ def measure(syntax: UID, slices: int, repeats: int, readers: dict[str, Reader]) 
                 best[name] = min(best[name], time.perf_counter() - start)
                 if not np.array_equal(found, reference):
                     sys.exit(f"{name} reads other values")
-        peaks = {name: f"{peak_mb(name, folder):7.0f} MB" for name in READERS}
-    print(f"\n{syntax.name}, {count} slices")
-    for name, seconds in best.items():
-        print(f"  {name:24} {seconds:7.2f} s  {seconds / best['ours']:6.2f} x ours {peaks.get(name, '')}")
+        peaks = {name: f"{peak_mb(name, folder):.0f}" for name in READERS}
+    rows = [[n, f"{s:.2f}", f"{best['ours'] / s:.2f}", peaks.get(n, "")] for n, s in best.items()]
+    columns = ["reader", "s", "speed, ours = 1", "peak MB over an idle process"]
+    return {"about": f"{syntax.name}, {count} slices:", "columns": columns, "rows": rows}
 
 
 if __name__ == "__main__":

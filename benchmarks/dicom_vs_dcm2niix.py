@@ -1,21 +1,20 @@
 """Compare every series under the data folder with dcm2niix: voxels and affine, both brought to RAS.
 
-    python -m benchmarks.dicom_vs_dcm2niix [FOLDER]
+    python -m benchmarks.dicom_vs_dcm2niix --data FOLDER
 
-The folder is $DINTS_DATA or ../shared/data. Series that are one regular stack are compared voxel by voxel with the
-file that dcm2niix writes. For a tilted or uneven stack dcm2niix writes the slices as they are, on an affine that does
-not hold, and a corrected file (`_Tilt`, `_Eq`), rounded to integers and usually on a grid of its own. There the table
-has the slices as they are against the first, and the remark our regular volume, interpolated at the corrected file's
-voxels in patient space: median and 99th percentile of the difference. Debian's dcm2niix knows no JPEG-LS: those files
-are unpacked by DCMTK's dcmdjpls first.
+Prints the table and writes it to benchmarks/results/dicom_vs_dcm2niix.json. Series that are one regular stack are
+compared voxel by voxel with the file that dcm2niix writes. For a tilted or uneven stack dcm2niix writes the slices as
+they are, on an affine that does not hold, and a corrected file (`_Tilt`, `_Eq`), rounded to integers and usually on a
+grid of its own. There the table has the slices as they are against the first, and the remark our regular volume,
+interpolated at the corrected file's voxels in patient space: median and 99th percentile of the difference. Debian's
+dcm2niix knows no JPEG-LS: those files are unpacked by DCMTK's dcmdjpls first.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.machine import write
 from dints_deploy.dicom.findings import REGULARISING, Policy
 from dints_deploy.dicom.header import LPS_TO_RAS
 from dints_deploy.dicom.pixels import decode
@@ -34,6 +34,12 @@ from dints_deploy.errors import DintsError
 
 POLICY = Policy(REGULARISING.actions, minimum_slices=2)
 """Read whatever can be read."""
+
+ABOUT = (
+    "Largest difference of a voxel and of a corner of the volume, both brought to RAS. A tilted or uneven stack is "
+    "compared slice by slice as it is, and our regular volume with dcm2niix's corrected file at that file's voxels."
+)
+COLUMNS = ["series", "shape", "voxels", "ulp", "corners, mm", "remark"]
 
 
 @dataclass(frozen=True)
@@ -106,38 +112,55 @@ def _sampled(ours: DicomVolume, affine: NDArray[np.float64], shape: tuple[int, .
 
 
 def main() -> None:
-    """Print the table."""
-    root = Path(__file__).parents[2] / "shared/data"
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("DINTS_DATA", root)) / "scans"
-    print(f"{'series':42} {'shape':>13} {'voxels differ':>13} {'ulp':>5} {'corners mm':>10}  remark")
+    """Print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of DICOM series")
+    folder = parser.parse_args().data
+    lines = []
     for inner in sorted({path.parent for path in folder.rglob("*") if path.is_file()}):
         try:
             study = collect([path for path in sorted(inner.iterdir()) if path.is_file()])
         except DintsError:
             continue
         for series in study.series:
-            print(f"{inner.relative_to(folder).as_posix()[-42:]:42} {line(series)}")
+            lines.append([inner.relative_to(folder).as_posix(), *row(series)])
+            print(*lines[-1], sep=" | ")
+    table = {"about": ABOUT, "columns": COLUMNS, "rows": lines}
+    result = {"page": "dicom-measured", "title": "Every series against dcm2niix", "tables": [table]}
+    write("dicom_vs_dcm2niix", result | {"facts": {"dcm2niix": version()}})
 
 
-def line(series: Series) -> str:
-    """Return the table's line for a series."""
+def version() -> str:
+    """Return what dcm2niix calls itself."""
+    said = subprocess.run(["dcm2niix", "-v"], capture_output=True, text=True, check=False).stdout
+    return said.strip().splitlines()[-1]
+
+
+def row(series: Series) -> list[str]:
+    """Return shape, largest difference of a voxel, the same in ulp, of a corner in mm, and a remark."""
     try:
         ours = read_series(series, policy=POLICY)
     except DintsError as error:
-        return f"{'-':>13} {'-':>13} {'-':>5} {'-':>10}  refused: {error.code}"
-    shape = "x".join(str(n) for n in ours.volume.shape)
+        return ["", "", "", "", f"refused: `{error.code}`"]
+    shape = " x ".join(str(n) for n in ours.volume.shape)
     with tempfile.TemporaryDirectory() as scratch:
         converted = convert(list(series.files), Path(scratch))
         if not converted:
-            return f"{shape:>13} {'-':>13} {'-':>5} {'-':>10}  dcm2niix writes nothing"
+            return [shape, "", "", "", "dcm2niix writes nothing"]
         if not ours.regularised:
-            result = compare(ours.volume.data[0], ours.volume.affine, converted[0])
-            return f"{shape:>13} {result.voxels:>13.4g} {result.ulps:>5.2g} {result.affine_mm:>10.2g}"
+            return [shape, *figures(compare(ours.volume.data[0], ours.volume.affine, converted[0])), ""]
         stack = decode([plane.header for plane in ours.planes]).transpose(2, 1, 0)
-        result = compare(stack, LPS_TO_RAS @ ours.planes[0].affine, converted[0])
+        voxels, ulps, _ = figures(compare(stack, LPS_TO_RAS @ ours.planes[0].affine, converted[0]))
         median, most = compare_regular(ours, converted[-1])
-        remark = f"regularised; {converted[-1].name}: median {median:.2g}, 99 % within {most:.3g}"
-        return f"{shape:>13} {result.voxels:>13.4g} {result.ulps:>5.2g} {'-':>10}  {remark}"
+        remark = f"regularised; against `{converted[-1].name}`: median {median:.2g}, 99 % within {most:.3g}"
+        return [shape, voxels, ulps, "", remark]
+
+
+def figures(result: Comparison) -> list[str]:
+    """Return the cells of a comparison."""
+    if not result.shapes_equal:
+        return ["another shape", "", ""]
+    return [f"{result.voxels:.4g}", f"{result.ulps:.2g}", f"{result.affine_mm:.2g}"]
 
 
 if __name__ == "__main__":
