@@ -13,6 +13,7 @@ from dints_deploy.dicom.bounded import read_header
 from dints_deploy.dicom.measure import evidence_item, observation_context
 from dints_deploy.dicom.objects import building, encoded, identify, write_checked
 from dints_deploy.dicom.provenance import SOFTWARE, Provenance
+from dints_deploy.dicom.result import in_zone_of
 from dints_deploy.dicom.selfcheck import check_values
 from dints_deploy.dicom.series import Series
 from dints_deploy.dicom.uid import derived_uid
@@ -73,10 +74,12 @@ def build_refusal(series: Series, error: DintsError, *, entry: Entry | None, sof
         manufacturer=SOFTWARE,
         is_complete=True,
     )
+    header = read_header(series.slices[0].path).dataset
+    when = in_zone_of(header, when)
     report.ContentDate, report.ContentTime = when.strftime("%Y%m%d"), when.strftime("%H%M%S")
     identify(
         report,
-        header=read_header(series.slices[0].path).dataset,
+        header=header,
         entry=entry,
         provenance=provenance,
         when=when,

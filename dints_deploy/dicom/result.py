@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from dints_deploy.catalog.entry import Entry
+from dints_deploy.dicom.attributes import Attributes
 from dints_deploy.dicom.bounded import quiet, read_header
 from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.header import Plane
@@ -21,6 +23,9 @@ from dints_deploy.dicom.read import DicomVolume
 from dints_deploy.dicom.uid import derived_uid
 from dints_deploy.errors import OutputError
 from dints_deploy.imaging.volume import Volume
+
+ZONE: Final = re.compile(r"([+-])(0\d|1[0-4])([0-5]\d)")
+"""Hours and minutes from UTC."""
 
 SegmentationType = Literal["BINARY", "LABELMAP"]
 
@@ -38,7 +43,7 @@ class DicomResult:
         volumes_ml: label id -> millilitres.
         provenance: what made the mask.
         header: data set of the first source file up to its pixels: patient and study.
-        when: date and time in the objects; an argument, so that two runs write the same bytes.
+        when: date and time in the objects, in the source's zone; an argument, so that two runs write the same bytes.
         segmentation_type: of the SEG (PS3.3 C.8.20.2.3).
     """
 
@@ -123,7 +128,20 @@ def dicom_result(
     provenance = provenance_of(record, input_sha256=inputs, mask_sha256=mask_digest(_named(source, segments)))
     with quiet():
         header = read_header(source.planes[0].header.path).dataset
+    when = in_zone_of(header, when)
     return DicomResult(source, labels, segments, entry, volumes_ml, provenance, header, when, segmentation_type)
+
+
+def in_zone_of(header: Dataset, when: datetime) -> datetime:
+    """Return a time in the zone that the source names for all its times (PS3.3 C.12.1.1.8), which objects copy.
+
+    Where it names none, or `when` knows no zone itself, the time stays as it is.
+    """
+    offset = ZONE.fullmatch(Attributes([header]).text("TimezoneOffsetFromUTC"))
+    if offset is None or when.tzinfo is None:
+        return when
+    minutes = int(offset[2]) * 60 + int(offset[3])
+    return when.astimezone(timezone(timedelta(minutes=-minutes if offset[1] == "-" else minutes)))
 
 
 def _segment_numbers(labels: Volume, entry: Entry) -> NDArray[Any]:

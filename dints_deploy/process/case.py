@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,13 +12,31 @@ from typing import Any
 
 from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.errors import ScanRefused
+from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.files import make_folder
 from dints_deploy.process.outputs import Result, check_formats, write_outputs, write_refusal_report
 from dints_deploy.process.source import Source, open_study, read_source
 from dints_deploy.runtime.parity import parity_status
 from dints_deploy.runtime.report import describe
 from dints_deploy.runtime.segment import Progress, segment
+
+
+def result_time() -> datetime:
+    """Return the date and time that results carry: `$SOURCE_DATE_EPOCH` where it is set, otherwise now, in local time.
+
+    The variable holds seconds since 1970-01-01 UTC, and gives UTC: two runs with the same value write equal objects.
+    (Source: reproducible-builds.org/specs/source-date-epoch.)
+
+    Raises:
+        UsageError: `usage` where it is no such number.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given is None:
+        return datetime.now().astimezone()
+    try:
+        return datetime.fromtimestamp(int(given), UTC)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError("usage", f"expected seconds since 1970 in SOURCE_DATE_EPOCH, found {given!r}") from None
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,7 @@ class Request:
         formats: of `outputs.OUTPUTS`, in order.
         labels_path: of the NIfTI output where the user named it.
         engine, precision, device, threads, max_ram_bytes: as for `segment`.
-        when: date and time in DICOM objects; given, two runs write the same bytes.
+        when: date and time in DICOM objects, of `result_time`; given, two runs write the same bytes.
     """
 
     channels: Mapping[str, Path]
@@ -42,7 +61,7 @@ class Request:
     device: str = "cpu"
     threads: int | None = None
     max_ram_bytes: int | None = None
-    when: datetime = field(default_factory=lambda: datetime.now(UTC))
+    when: datetime = field(default_factory=result_time)
 
 
 @dataclass(frozen=True, eq=False)
