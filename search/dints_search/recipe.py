@@ -85,6 +85,28 @@ class Retraining(Strict):
     augmentation: Augmentation = Augmentation()
 
 
+class Declared(Strict):
+    """What the `dataset.json` of the recipe's task says, so that another folder, or another order, is noticed.
+
+    Attributes:
+        modality: names of the channels, in order. labels: names of the labels 1, 2 ..., in order.
+        training: number of labelled cases. test: number of cases without labels.
+    """
+
+    modality: tuple[str, ...] = Field(min_length=1)
+    labels: tuple[str, ...] = Field(min_length=1)
+    training: PositiveInt | None = None
+    test: NonNegativeInt | None = None
+
+
+class Published(Strict):
+    """Scores of a method on the task's test set, to compare with: per label, 0 to 1."""
+
+    method: str
+    dice: tuple[Probability, ...]
+    nsd: tuple[Probability, ...]
+
+
 class Recipe(Strict):
     """One task: what comes in, what comes out, how it is trained."""
 
@@ -94,6 +116,7 @@ class Recipe(Strict):
     intended_use: str
     not_for: str
     licence: str
+    dataset: Declared | None = None
     channels: tuple[Channel, ...] = Field(min_length=1)
     labels: tuple[Label, ...] = Field(min_length=1)
     spacing: Spacing | None = None
@@ -103,6 +126,7 @@ class Recipe(Strict):
     accepts: Accepts
     geometry: GeometryPolicy = GeometryPolicy()
     postprocess: Postprocess = Postprocess()
+    published: tuple[Published, ...] = ()
     retraining: Retraining
 
     @model_validator(mode="after")
@@ -111,6 +135,11 @@ class Recipe(Strict):
         check_distinct(self.channels, self.labels, self.tta)
         check_postprocess(self.postprocess, self.labels)
         check_softmax(self.labels)
+        declared = self.dataset
+        if declared and (len(declared.modality), len(declared.labels)) != (len(self.channels), len(self.labels)):
+            raise ValueError("expected a modality in [dataset] for every channel and a label for every label")
+        if any({len(p.dice), len(p.nsd)} != {len(self.labels)} for p in self.published):
+            raise ValueError("expected a published score for every label")
         return self
 
     @property
