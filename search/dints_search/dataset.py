@@ -6,8 +6,10 @@ uninterrupted run sees, whatever the number of worker processes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from dints_deploy.catalog.dataset import Case, read_case
 from dints_deploy.catalog.preparation import Preparation
 from dints_deploy.errors import DatasetError, DintsError
+from dints_deploy.files import make_folder, replacing, sha256_file
 from dints_deploy.runtime.preprocess import prepare
 from dints_search.augment import Augmenter
 
@@ -35,13 +38,38 @@ class TrainingCase:
     label: NDArray[np.uint8]
 
 
-def load_cases(cases: Sequence[Case], preparation: Preparation, labels: dict[int, str]) -> list[TrainingCase]:
-    """Read and prepare cases with the appliance's own `prepare`.
+def load_cases(
+    cases: Sequence[Case], preparation: Preparation, labels: dict[int, str], *, cache: Path | None = None
+) -> list[TrainingCase]:
+    """Read cases, prepare them with the appliance's own `prepare`, and cut away what is empty around the body.
+
+    Args:
+        cases: to read.
+        preparation: of the recipe.
+        labels: value -> name of the labels that may occur.
+        cache: keep the prepared cases in this folder and map them from there instead of holding them in memory.
 
     Raises:
-        DatasetError: `case-invalid`, naming the case.
+        DatasetError: `case-invalid`, naming the case. OutputError: the cache cannot be written.
     """
-    return [_load(case, preparation, labels) for case in cases]
+    if cache is None:
+        return [_load(case, preparation, labels) for case in cases]
+    return [_load_cached(case, preparation, labels, make_folder(cache)) for case in cases]
+
+
+def check_classes(cases: Sequence[TrainingCase], labels: dict[int, str]) -> None:
+    """Refuse training cases of which none holds one of the labels: the network could never learn it.
+
+    Raises:
+        DatasetError: `dataset-invalid`.
+    """
+    found = {int(value) for case in cases for value in np.unique(case.label)}
+    if absent := [f"{value} ({name})" for value, name in labels.items() if value not in found]:
+        raise DatasetError(
+            "dataset-invalid",
+            f"expected label {absent[0]} in some of the {len(cases)} training cases ({cases[0].id} ... {cases[-1].id}),"
+            " found it in none: leave it out of the recipe, or add cases that show it",
+        )
 
 
 def _load(case: Case, preparation: Preparation, labels: dict[int, str]) -> TrainingCase:
@@ -50,7 +78,50 @@ def _load(case: Case, preparation: Preparation, labels: dict[int, str]) -> Train
         prepared = prepare(image, preparation)
     except DintsError as fault:
         raise DatasetError("case-invalid", f"case {case.id}: {fault.message}") from fault
-    return TrainingCase(case.id, prepared.data, prepared.labels(reference).astype(np.uint8))
+    data, label = prepared.data, prepared.labels(reference).astype(np.uint8)
+    box = body_box(data, label, preparation)
+    return TrainingCase(case.id, np.ascontiguousarray(data[(slice(None), *box)]), np.ascontiguousarray(label[box]))
+
+
+def _load_cached(case: Case, preparation: Preparation, labels: dict[int, str], cache: Path) -> TrainingCase:
+    key = [preparation.model_dump_json(), str(sorted(labels)), sha256_file(case.image), sha256_file(case.label)]
+    stem = cache / hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
+    files = [stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")]
+    if not all(file.exists() for file in files):
+        loaded = _load(case, preparation, labels)
+        arrays: list[NDArray[Any]] = [loaded.image, loaded.label]
+        for file, array in zip(files, arrays, strict=True):
+            with replacing(file) as partial:
+                np.save(partial, array)
+    try:
+        image, label = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            "case-invalid", f"case {case.id}: {files[0].name} in the cache is damaged: remove {cache}"
+        ) from error
+    return TrainingCase(case.id, image, label)
+
+
+def body_box(data: NDArray[np.float32], label: NDArray[np.uint8], preparation: Preparation) -> tuple[slice, ...]:
+    """Return the box of the voxels that differ from what lies around a scan, or are labelled, and some margin.
+
+    The margin of a quarter of a window keeps the air that windows at the body's border see. The box is never smaller
+    than a window.
+    """
+    filled = label > 0
+    for voxels, channel in zip(data, preparation.channels, strict=True):
+        filled |= voxels != (0 if channel.fill == "zero" else voxels.min())
+    box = []
+    for axis, window in enumerate(preparation.window):
+        size = filled.shape[axis]
+        inside = np.flatnonzero(filled.any(axis=tuple(other for other in range(3) if other != axis)))
+        first, last = (int(inside[0]), int(inside[-1])) if len(inside) else (0, size - 1)
+        low, high = max(0, first - window // 4), min(size, last + 1 + window // 4)
+        if high - low < window:
+            low = min(max(0, (low + high - window) // 2), size - window)
+            high = low + window
+        box.append(slice(low, high))
+    return tuple(box)
 
 
 def _foreground(label: NDArray[np.uint8]) -> list[NDArray[np.int32]]:
@@ -101,8 +172,8 @@ class Patches(TorchDataset[tuple[Tensor, Tensor, int]]):
         rng = np.random.default_rng((self.seed, 1, index))
         start = self._corner(int(order[place]), rng)
         box = tuple(slice(a, a + w) for a, w in zip(start, self.window, strict=True))
-        image = torch.from_numpy(np.ascontiguousarray(case.image[(slice(None), *box)]))
-        label = torch.from_numpy(np.ascontiguousarray(case.label[box][np.newaxis]))
+        image = torch.from_numpy(np.array(case.image[(slice(None), *box)]))
+        label = torch.from_numpy(np.array(case.label[box][np.newaxis]))
         return image, label.long(), int(rng.integers(2**63))
 
     def _corner(self, number: int, rng: np.random.Generator) -> list[int]:
