@@ -31,11 +31,12 @@ class ArchitectureLoss:
 
     Attributes:
         total: L_seg + t / t_all (L_alpha + L_eta + lambda L_tp + L_m).
-        operations: L_alpha. patterns: L_eta. topology: L_tp, before lambda. memory: L_m.
+        segmentation: L_seg. operations: L_alpha. patterns: L_eta. topology: L_tp, before lambda. memory: L_m.
         usage: Me / Ma.
     """
 
     total: Tensor
+    segmentation: Tensor
     operations: Tensor
     patterns: Tensor
     topology: Tensor
@@ -75,7 +76,7 @@ def architecture_loss(
     usage = memory_usage(parameters, cost, form=form)
     memory = (usage - sigma).abs()
     total = segmentation + progress * (operations + patterns + TOPOLOGY_WEIGHT * topology + memory)
-    return ArchitectureLoss(total, operations, patterns, topology, memory, usage)
+    return ArchitectureLoss(total, segmentation, operations, patterns, topology, memory, usage)
 
 
 def operation_entropy(parameters: ArchitectureParameters) -> Tensor:

@@ -20,6 +20,7 @@ from dints_deploy.catalog.entry import (
 from dints_deploy.catalog.preparation import Channel, Preparation, Sizes, Spacing
 from dints_deploy.catalog.strict import Strict, read_toml
 from dints_deploy.errors import DatasetError
+from dints_search.searching import Searching
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -127,6 +128,7 @@ class Recipe(Strict):
     geometry: GeometryPolicy = GeometryPolicy()
     postprocess: Postprocess = Postprocess()
     published: tuple[Published, ...] = ()
+    search: Searching = Searching()
     retraining: Retraining
 
     @model_validator(mode="after")

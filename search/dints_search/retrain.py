@@ -30,6 +30,7 @@ from dints_search.dataset import Patches, load_cases
 from dints_search.genotype import Genotype
 from dints_search.recipe import Recipe, Retraining
 from dints_search.run import build_network, check_precision, configure, open_run
+from dints_search.world import World
 
 LOG_EVERY = 25
 """Steps between two lines of metrics.jsonl."""
@@ -127,27 +128,46 @@ def start(network: nn.Module, settings: Retraining) -> State:
     return State(network, average, optimiser)
 
 
-class _From(Sampler[int]):
-    """Indices first .. length - 1, so that a resumed run continues where it stopped."""
+class _Share(Sampler[list[int]]):
+    """A process's share of the indices of every batch from step `first` on: a resumed run continues where it stopped.
 
-    def __init__(self, first: int, length: int) -> None:
-        self.first, self.length = first, length
+    Processes with batches of n share what one process with a batch of n times their number would take.
+    """
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.length))
+    def __init__(self, length: int, batch: int, first: int, world: World) -> None:
+        step = batch * world.size
+        self.starts, self.batch = range(first * step + world.rank * batch, length, step), batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(start, start + self.batch)) for start in self.starts)
 
     def __len__(self) -> int:
-        return self.length - self.first
+        return len(self.starts)
 
 
 def batches(
-    patches: Patches, batch: int, *, first: int, workers: int = 1, device: str = "cpu"
+    patches: Patches,
+    batch: int,
+    *,
+    first: int,
+    workers: int = 1,
+    device: str = "cpu",
+    world: World = World(),  # noqa: B008 (frozen)
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the augmented batches from step `first` on, on `device`: image (N, C, I, J, K), label (N, 1, I, J, K)."""
-    sampler = _From(first * batch, len(patches))
+    """Yield the augmented batches from step `first` on, on `device`: image (N, C, I, J, K), label (N, 1, I, J, K).
+
+    Args:
+        patches: whose number is a multiple of what all processes take in a step.
+        batch: patches of a step in this process.
+        first: step to begin with.
+        workers: processes that cut out patches.
+        device: where the batches are augmented and end.
+        world: the processes that share every step.
+    """
+    sampler = _Share(len(patches), batch, first, world)
     # forked, a worker has everything loaded and ends with its parent; started otherwise (Python 3.14) it has neither
     start: dict[str, Any] = {"prefetch_factor": 8, "multiprocessing_context": "fork"} if workers else {}
-    for image, label, seeds in DataLoader(patches, batch, sampler=sampler, num_workers=workers, **start):
+    for image, label, seeds in DataLoader(patches, batch_sampler=sampler, num_workers=workers, **start):
         yield patches.augmenter(image.to(device), label.to(device), seeds=seeds.tolist())
 
 
@@ -176,8 +196,9 @@ def train_step(state: State, image: Tensor, label: Tensor, settings: Retraining)
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
-    """Return the mixed-precision context of a precision: bf16 autocast, or none for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device, torch.bfloat16)
+    """Return the mixed-precision context of a precision: autocast to bf16 or fp16, or none for fp32."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return nullcontext() if precision == "fp32" else torch.autocast(device, kinds[precision])
 
 
 def learning_rate(step: int, settings: Retraining) -> float:

@@ -1,0 +1,74 @@
+"""How a search runs: the paper's settings, each of them a figure in the recipe that a person may change."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from dints_deploy.catalog.preparation import Sizes
+from dints_deploy.catalog.strict import Strict
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Searching(Strict):
+    """The settings of a search; those of the paper where nothing else is said.
+
+    Attributes:
+        steps: iterations, warm-up included.
+        warmup: share of the iterations that train the weights only.
+        batch: patches of an iteration in every process.
+        num_blocks: L. num_depths: D. channel_multiplier: scales the channels of every level.
+        window: voxels of a patch, multiples of 2^D; the recipe's window where it is left out.
+        sigma: share of the memory of the whole space to aim at.
+        memory: form of the memory loss, see `dints_search.losses.memory_usage`.
+        rate_warmup_steps: iterations in which the weights' learning rate rises from zero.
+        halve_at: shares of the iterations after the warm-up after which that rate is halved.
+        architecture_rate: learning rate of alpha_c and alpha_a. With 8 processes the published value is 0.008; a search
+            of a few hundred iterations needs a greater one, as Adam moves a parameter by about the rate in each.
+        unrolled: take DARTS's second-order step for the architecture, at three times the cost of the first-order one.
+        checkpointing: recompute every block in the backward pass instead of keeping its features.
+        compiled: let `torch.compile` translate the search network, which takes minutes at the start.
+        held_out: share of the training part that neither step sees, to measure the discretisation gap on.
+    """
+
+    steps: PositiveInt = 20000
+    warmup: Share = 0.5
+    batch: PositiveInt = 1
+    num_blocks: PositiveInt = 12
+    num_depths: Annotated[int, Field(ge=2, le=5)] = 4
+    channel_multiplier: PositiveFloat = 0.5
+    up: Literal["reference", "conv_first"] = "reference"
+    window: Sizes | None = None
+    sigma: Annotated[float, Field(gt=0, le=1)] = 0.5
+    memory: Literal["measured", "reference"] = "measured"
+    learning_rate: PositiveFloat = 0.025
+    rate_warmup_steps: NonNegativeInt = 50
+    momentum: Share = 0.9
+    weight_decay: NonNegativeFloat = 4e-5
+    halve_at: tuple[float, ...] = (0.4, 0.8)
+    architecture_rate: PositiveFloat = 0.008
+    architecture_betas: tuple[Share, Share] = (0.5, 0.999)
+    clip_norm: PositiveFloat = 5.0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    unrolled: bool = False
+    checkpointing: bool = False
+    compiled: bool = False
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    checkpoint_every: PositiveInt = 50
+
+    @property
+    def warmup_steps(self) -> int:
+        """Return the iterations before the first architecture step."""
+        return round(self.steps * self.warmup)
+
+    def progress(self, step: int) -> float:
+        """Return t / t_all of an iteration: 0 in the warm-up, then rising to 1 at the last."""
+        return max(0, step + 1 - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+
+    def rate(self, step: int) -> float:
+        """Return the weights' learning rate at an iteration."""
+        rising = min(1.0, (step + 1) / max(1, self.rate_warmup_steps))
+        halvings = sum(self.progress(step) > share for share in self.halve_at)
+        return self.learning_rate * rising * 0.5**halvings

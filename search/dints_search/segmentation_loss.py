@@ -1,0 +1,36 @@
+"""Dice plus cross-entropy over a batch that several processes may share."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dints_search.world import World
+
+SMOOTHING: Final = 1e-5
+"""Added to both sides of the Dice quotient, as MONAI does by default."""
+
+
+def segmentation_loss(logits: Tensor, label: Tensor, world: World = World()) -> Tensor:  # noqa: B008 (frozen)
+    """Return Dice loss over the whole batch, background left out, plus cross-entropy over all classes.
+
+    Equal to MONAI's `DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)` on the batches
+    of all processes together; its gradient is meant to be averaged over them.
+
+    Args:
+        logits: (N, classes, I, J, K), float32.
+        label: (N, 1, I, J, K), whole numbers.
+        world: the processes that share the batch, each with the same number of scans.
+    """
+    log = functional.log_softmax(logits, dim=1)
+    likelihood = functional.nll_loss(log, label[:, 0].long())
+    found = log.exp()[:, 1:]
+    wanted = functional.one_hot(label[:, 0].long(), logits.shape[1]).movedim(-1, 1)[:, 1:].to(found)
+    sums = torch.stack([each.sum((0, 2, 3, 4)) for each in (found * wanted, found, wanted)])  # (3, classes - 1)
+    common, ours, theirs = world.total(sums)
+    dice = 1 - (2 * common + SMOOTHING) / (ours + theirs + SMOOTHING)
+    loss: Tensor = dice.mean() + likelihood
+    return loss
