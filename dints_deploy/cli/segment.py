@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -16,7 +17,7 @@ from dints_deploy.cli.console import JsonOption, failing, printable, progress, s
 from dints_deploy.errors import DintsError, EntryError, ScanRefused, UsageError
 from dints_deploy.process.case import Outcome, Request, process_case
 from dints_deploy.process.outputs import check_formats
-from dints_deploy.process.source import NIFTI_SUFFIXES, output_stem
+from dints_deploy.process.source import NIFTI_SUFFIXES, Scan, cases_of, first_file, output_stem
 
 EXIT_FAILED: Final = 1
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -24,7 +25,10 @@ UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def segment_command(
     scans: Annotated[
-        list[Path] | None, typer.Argument(help="NIfTI files, DICOM folders or zips; one case each.", show_default=False)
+        list[Path] | None,
+        typer.Argument(
+            help="NIfTI files, DICOM folders or zips, one case each; or a study's DICOM files.", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A file (.nii, .nii.gz) for one scan, or a folder.")
@@ -33,7 +37,7 @@ def segment_command(
         str | None, typer.Option(help="Zoo entry; without it, the only one that accepts the scan.")
     ] = None,
     channel: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE, once per channel of one case, instead of SCAN.")
+        list[str] | None, typer.Option(help="NAME=FILE or NAME=FOLDER, once per channel of one case, instead of SCAN.")
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino, onnx or tensorrt.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
@@ -76,7 +80,7 @@ def segment_command(
 class PlannedCase:
     """One case of a call: its files, its name in messages, where its outputs go."""
 
-    channels: dict[str, Path]
+    channels: Mapping[str, Scan]
     name: str
     stem: Path
     labels_path: Path | None
@@ -117,7 +121,7 @@ def plan_cases(scans: list[Path], channels: list[str], output: Path | None) -> l
     """
     if bool(scans) == bool(channels):
         raise UsageError("usage", "expected SCANs or --channel NAME=FILE, one of the two: see --help")
-    inputs = [{"": scan} for scan in scans] or [_parse_channels(channels)]
+    inputs: list[dict[str, Scan]] = [{"": scan} for scan in cases_of(scans)] or [_parse_channels(channels)]
     if len(inputs) > 1 and output is not None and _is_file_name(output):
         raise UsageError("usage", f"expected a folder after -o for {len(inputs)} scans, found the file {output}")
     cases = [_plan(channel_files, output) for channel_files in inputs]
@@ -129,7 +133,7 @@ def plan_cases(scans: list[Path], channels: list[str], output: Path | None) -> l
 
 def _check_not_inputs(cases: list[PlannedCase]) -> None:
     """Refuse to write labels over a scan."""
-    inputs = {os.path.realpath(path) for case in cases for path in case.channels.values()}
+    inputs = {os.path.realpath(first_file(scan)) for case in cases for scan in case.channels.values()}
     for case in cases:
         labels = case.labels_path or case.stem.with_name(f"{case.stem.name}.nii.gz")
         if os.path.realpath(labels) in inputs:
@@ -140,15 +144,15 @@ def _is_file_name(output: Path) -> bool:
     return output.name.lower().endswith(NIFTI_SUFFIXES) and not output.is_dir()
 
 
-def _parse_channels(channels: list[str]) -> dict[str, Path]:
+def _parse_channels(channels: list[str]) -> dict[str, Scan]:
     pairs = [text.partition("=") for text in channels]
     if any(not name or not file for name, _, file in pairs) or len({name for name, _, _ in pairs}) != len(pairs):
         raise UsageError("usage", "expected --channel NAME=FILE with distinct names")
     return {name: Path(file) for name, _, file in pairs}
 
 
-def _plan(channels: dict[str, Path], output: Path | None) -> PlannedCase:
-    first = next(iter(channels.values()))
+def _plan(channels: Mapping[str, Scan], output: Path | None) -> PlannedCase:
+    first = first_file(next(iter(channels.values())))
     if output is not None and _is_file_name(output):
         return PlannedCase(channels, first.name, output.with_name(output_stem(output)), output)
     folder = output or Path()

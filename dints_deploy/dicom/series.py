@@ -126,6 +126,21 @@ def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limit
     return Study(tuple(series), tuple(findings))
 
 
+def by_study(files: Sequence[Path], *, limits: Limits = DEFAULT_LIMITS) -> list[tuple[Path, ...]]:
+    """Group single DICOM files by their StudyInstanceUID, in order; those that cannot be read go with every study."""
+    groups: dict[str, list[Path]] = {}
+    lost: list[Path] = []
+    with quiet():
+        for path in files:
+            try:
+                uid = Attributes([read_header(path, limits=limits).dataset]).text("StudyInstanceUID")
+            except ScanRefused:
+                lost.append(path)
+                continue
+            groups.setdefault(uid, []).append(path)
+    return [(*group, *lost) for group in groups.values()] or [tuple(lost)]
+
+
 def _files(source: Path | Sequence[Path], scratch: Path | None, limits: Limits) -> list[Path]:
     """Return the files of a source, sorted, without following links below it."""
     if not isinstance(source, Path):

@@ -15,7 +15,7 @@ from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.files import make_folder
 from dints_deploy.process.outputs import Result, check_formats, write_outputs, write_refusal_report
-from dints_deploy.process.source import Source, open_study, read_source
+from dints_deploy.process.source import Scan, Source, open_studies, read_source
 from dints_deploy.runtime.parity import parity_status
 from dints_deploy.runtime.report import describe
 from dints_deploy.runtime.segment import Progress, segment
@@ -44,7 +44,7 @@ class Request:
     """What to do with one case.
 
     Attributes:
-        channels: channel name -> file, in the entry's order; a single scan (NIfTI, DICOM folder or zip) under "".
+        channels: channel name -> scan, in the entry's order; a single scan under "".
         stem: path of the outputs without suffix; `<stem>.nii.gz`, `<stem>.png`, `<stem>.html` ...
         formats: of `outputs.OUTPUTS`, in order.
         labels_path: of the NIfTI output where the user named it.
@@ -52,7 +52,7 @@ class Request:
         when: date and time in DICOM objects, of `result_time`; given, two runs write the same bytes.
     """
 
-    channels: Mapping[str, Path]
+    channels: Mapping[str, Scan]
     stem: Path
     formats: tuple[str, ...] = ("nifti",)
     labels_path: Path | None = None
@@ -95,13 +95,13 @@ def process_case(
     """
     check_formats(request.formats)
     with ExitStack() as resources:
-        study = open_study(request.channels, resources)
+        studies = open_studies(request.channels, resources)
         try:
-            source, spec = read_source(request.channels, study, candidates, max_bytes=request.max_ram_bytes)
+            source, spec = read_source(request.channels, studies, candidates, max_bytes=request.max_ram_bytes)
             return _process(request, source, load(spec.name), progress)
         except ScanRefused as refusal:
-            if study is not None and "dicom-sr" in request.formats:
-                report = write_refusal_report(study, refusal, request.stem, request.when)
+            if studies and "dicom-sr" in request.formats:
+                report = write_refusal_report(list(studies.values()), refusal, request.stem, request.when)
                 refusal.add_note(f"the refusal is written as {report}")
             raise
 

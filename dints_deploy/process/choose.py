@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -40,8 +41,12 @@ def policy_of(geometry: GeometryPolicy) -> Policy:
     return Policy({"dicom-tilt": Action(geometry.tilt), "dicom-uneven-steps": uneven, "dicom-missing-slice": uneven})
 
 
-def choose_series(study: Study, entry: Entry) -> Choice:
+def choose_series(studies: Mapping[str, Study], entry: Entry) -> Choice:
     """Return the one series per channel that the entry's rules allow.
+
+    Args:
+        studies: channel name -> where its series is; one study for all channels under "".
+        entry: whose rules count.
 
     Raises:
         ScanRefused: `series-none` with why each series was not taken, or `series-ambiguous` with the candidates; a
@@ -52,6 +57,7 @@ def choose_series(study: Study, entry: Entry) -> Choice:
     reasons: dict[str, ScanRefused] = {}
     for channel in entry.channels:
         fitting = []
+        study = studies[channel.name if channel.name in studies else ""]
         for series in study.series:
             try:
                 check_series(series, channel, entry, policy)
@@ -60,7 +66,8 @@ def choose_series(study: Study, entry: Entry) -> Choice:
                 reasons.setdefault(series.label, refusal)
         chosen[channel.name] = _the_one(fitting, study, channel, reasons)
     taken = {series.label for series in chosen.values()}
-    lines = [f"{_name(s)}: {reasons[s.label].message}" for s in study.series if s.label not in taken]
+    others = {s.label: s for study in studies.values() for s in study.series if s.label not in taken}
+    lines = [f"{_name(series)}: {reasons[label].message}" for label, series in others.items()]
     return Choice(chosen, policy, tuple(lines))
 
 

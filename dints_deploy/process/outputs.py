@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -108,17 +108,18 @@ def _check_places(places: dict[str, Path]) -> None:
             raise OutputError("output-unwritable", f"expected to write {path}, found a folder there: choose another -o")
 
 
-def write_refusal_report(study: Study, refusal: ScanRefused, stem: Path, when: datetime) -> Path:
+def write_refusal_report(studies: Sequence[Study], refusal: ScanRefused, stem: Path, when: datetime) -> Path:
     """Write "not processed because ..." as an SR in the study of the first series that has images.
 
     Raises:
-        ScanRefused: `refusal` itself where the study has no image that a report could refer to.
+        ScanRefused: `refusal` itself where no study has an image that a report could refer to.
         OutputError: the report cannot be written.
     """
     from dints_deploy.dicom.refusal import write_refusal
     from dints_deploy.runtime.report import software_version
 
-    series = next((one for one in study.series if any(header.SOPInstanceUID for header in one.slices)), None)
+    found = (one for study in studies for one in study.series if any(header.SOPInstanceUID for header in one.slices))
+    series = next(found, None)
     if series is None:
         raise refusal
     path = make_folder(stem.parent) / f"{stem.name}.sr.dcm"

@@ -1,9 +1,9 @@
-"""Read a case (NIfTI files, a DICOM folder or a zip of one) and find the entry that takes it."""
+"""Read a case (NIfTI files, DICOM folders, zips of one, DICOM files) and find the entry that takes it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from dints_deploy.process.choose import Choice
 
 NIFTI_SUFFIXES: Final = (".nii.gz", ".nii")
+
+Scan = Path | tuple[Path, ...]
+"""What a case or a channel is read from: a NIfTI file, a DICOM folder, a zip of one, or the files of one study."""
+
+DICOM_PREFIX: Final = b"DICM"
+PREFIX_AT: Final = 128
+"""Where a DICOM file says that it is one (PS3.10 7.1)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,41 +53,75 @@ class Source:
 
 
 def read_source(
-    channels: Mapping[str, Path], study: Study | None, candidates: Mapping[str, Entry], *, max_bytes: int | None = None
+    channels: Mapping[str, Scan],
+    studies: Mapping[str, Study],
+    candidates: Mapping[str, Entry],
+    *,
+    max_bytes: int | None = None,
 ) -> tuple[Source, Entry]:
     """Read a case and return it with the entry that takes it.
 
     Args:
-        channels: channel name -> file; a single scan under the name "".
-        study: of `open_study`; None for NIfTI.
+        channels: channel name -> scan; a single scan under the name "".
+        studies: of `open_studies`; empty for NIfTI.
         candidates: the entries to choose from; with a single one there is no choice, but a refusal with its reason.
         max_bytes: refuse in advance files that unpack to more; None for the readers' own limits.
 
     Raises:
         ScanRefused: the file is no scan, or no series fits. UsageError: `entry-ambiguous`.
     """
-    if study is not None:
-        return _from_study(study, candidates)
-    scan = read_channels(channels, max_bytes=max_bytes)
+    if studies:
+        return _from_studies(studies, candidates)
+    files = {name: first_file(scan) for name, scan in channels.items()}
+    scan = read_channels(files, max_bytes=max_bytes)
     entry = next(iter(candidates.values())) if len(candidates) == 1 else accepting(scan, list(candidates.values()))
     _check_names(channels, entry)
-    digests = {name or "scan": _file_digest(path) for name, path in channels.items()}
+    digests = {name or "scan": _file_digest(path) for name, path in files.items()}
     return Source(scan, None, digests, {}), entry
 
 
-def open_study(channels: Mapping[str, Path], resources: ExitStack) -> Study | None:
-    """Return the study of a DICOM folder or zip, None for NIfTI; `resources` removes what a zip unpacked to."""
-    path = next(iter(channels.values()))
-    if len(channels) > 1 or not is_dicom(path):
-        return None
+def open_studies(channels: Mapping[str, Scan], resources: ExitStack) -> dict[str, Study]:
+    """Return channel name -> study of DICOM scans, nothing for NIfTI; `resources` removes what a zip unpacked to.
+
+    Raises:
+        ScanRefused: of `collect`. UsageError: `usage` where some channels are DICOM and some NIfTI.
+    """
+    dicom = [is_dicom(scan) for scan in channels.values()]
+    if not any(dicom):
+        return {}
+    if not all(dicom):
+        raise UsageError("usage", "expected all channels of a case as DICOM or all as NIfTI, found both: convert some")
     from dints_deploy.dicom.series import opened
 
-    return resources.enter_context(opened(path))
+    return {name: resources.enter_context(opened(scan)) for name, scan in channels.items()}
 
 
-def is_dicom(path: Path) -> bool:
-    """Say whether a path is to be read as DICOM: a folder, a `.zip` or a `.dcm`."""
-    return path.is_dir() or path.suffix.lower() in (".zip", ".dcm")
+def is_dicom(scan: Scan) -> bool:
+    """Say whether a scan is to be read as DICOM: a folder, a `.zip`, a `.dcm`, or a file that says that it is one."""
+    path = first_file(scan)
+    if path.is_dir() or path.suffix.lower() in (".zip", ".dcm"):
+        return True
+    return not path.name.lower().endswith(NIFTI_SUFFIXES) and _has_prefix(path)
+
+
+def first_file(scan: Scan) -> Path:
+    """Return the file or folder that a scan is called by."""
+    return scan[0] if isinstance(scan, tuple) else scan
+
+
+def cases_of(scans: Sequence[Path]) -> list[Scan]:
+    """Return the cases of a call: DICOM files of one study are one case, every other scan is one by itself.
+
+    Files whose header cannot be read go with every study: each may be the slice that it lacks.
+    """
+    single = [scan for scan in scans if scan.is_file() and scan.suffix.lower() != ".zip" and is_dicom(scan)]
+    if len(single) < 2:
+        return list(scans)
+    from dints_deploy.dicom.series import by_study
+
+    cases: list[Scan] = [scan for scan in scans if scan not in single]
+    cases += by_study(single)
+    return sorted(cases, key=lambda scan: scans.index(first_file(scan)))
 
 
 def read_channels(channels: Mapping[str, Path], *, max_bytes: int | None = None) -> Volume:
@@ -105,14 +146,14 @@ def _stacked(volumes: Mapping[str, Volume]) -> Volume:
     return Volume(np.concatenate([v.data.astype(np.float32, copy=False) for v in volumes.values()]), first.affine)
 
 
-def _check_names(channels: Mapping[str, Path], entry: Entry) -> None:
+def _check_names(channels: Mapping[str, object], entry: Entry) -> None:
     named = [name for name in channels if name]
     expected = [channel.name for channel in entry.channels]
     if named and named != expected:
         raise ScanRefused("scan-channels", f"expected channels {', '.join(expected)}, found {', '.join(named)}")
 
 
-def _from_study(study: Study, candidates: Mapping[str, Entry]) -> tuple[Source, Entry]:
+def _from_studies(studies: Mapping[str, Study], candidates: Mapping[str, Entry]) -> tuple[Source, Entry]:
     """Choose the entry and its series: the only pair that fits."""
     from dints_deploy.process.choose import choose_series
 
@@ -120,7 +161,8 @@ def _from_study(study: Study, candidates: Mapping[str, Entry]) -> tuple[Source, 
     refusals: dict[str, DintsError] = {}
     for name, entry in candidates.items():
         try:
-            fits[name] = choose_series(study, entry)
+            _check_names(studies, entry)
+            fits[name] = choose_series(studies, entry)
         except ScanRefused as refusal:
             refusals[name] = refusal
     if len(candidates) == 1 and refusals:
@@ -137,9 +179,20 @@ def _from_choice(choice: Choice) -> Source:
 
     read = {name: read_series(series, policy=choice.policy) for name, series in choice.series.items()}
     digests = {name: _series_digest(series.files) for name, series in choice.series.items()}
+    _check_frames(read)
     scan = _stacked({name: volume.volume for name, volume in read.items()})
     modality = next(iter(choice.series.values())).Modality
     return Source(scan, modality, digests, read, choice.not_chosen)
+
+
+def _check_frames(volumes: Mapping[str, DicomVolume]) -> None:
+    """Refuse channels whose coordinates have nothing to do with each other, equal numbers or not (PS3.3 C.7.4.1)."""
+    frames = {name: volume.planes[0].header.FrameOfReferenceUID for name, volume in volumes.items()}
+    if len(frames) > 1 and ("" in frames.values() or len(set(frames.values())) > 1):
+        raise ScanRefused(
+            "frame-mismatch",
+            f"expected one FrameOfReferenceUID of channels {', '.join(frames)}, found others or none: register them",
+        )
 
 
 def _file_digest(path: Path) -> str:
@@ -156,6 +209,16 @@ def _series_digest(files: tuple[Path, ...]) -> str:
     for path in files:
         digest.update(bytes.fromhex(_file_digest(path)))
     return digest.hexdigest()
+
+
+def _has_prefix(path: Path) -> bool:
+    """Say whether a file is DICOM by its content; one that cannot be read is refused where it is read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(PREFIX_AT)
+            return file.read(len(DICOM_PREFIX)) == DICOM_PREFIX
+    except OSError:
+        return False
 
 
 def output_stem(scan: Path) -> str:
