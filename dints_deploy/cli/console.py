@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -56,28 +56,45 @@ def failing(as_json: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from error
 
 
+class Bar(Protocol):
+    """Shows how far long work is."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` are done, and a note beside it."""
+
+
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (done, total): a bar with the time left on a terminal, a line now and then elsewhere."""
+def progress(title: str) -> Iterator[Bar]:
+    """Yield a function of (done, total, note): a bar with the time left on a terminal, elsewhere a line now and then."""
     if not sys.stderr.isatty():
         yield _plain(printable(title))
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(printable(title), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(printable(title), total=None, note="")
+
+        def move(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield move
 
 
-def _plain(title: str) -> Callable[[int, int], None]:
+def _plain(title: str) -> Bar:
     last = time.monotonic()
 
-    def line(done: int, total: int) -> None:
+    def line(done: int, total: int, note: str = "") -> None:
         nonlocal last
         if time.monotonic() - last >= PLAIN_LINE_SECONDS:
             last = time.monotonic()
-            sys.stderr.write(f"{title}: {done} of {total}\n")
+            sys.stderr.write(f"{title}: {done} of {total}{', ' if note else ''}{note}\n")
 
     return line

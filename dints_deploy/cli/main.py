@@ -11,6 +11,7 @@ from dints_deploy.cli.evaluate import evaluate_command
 from dints_deploy.cli.export import export_command
 from dints_deploy.cli.publish import publish_command
 from dints_deploy.cli.retrain import retrain_command
+from dints_deploy.cli.search import search_app
 from dints_deploy.cli.segment import segment_command
 from dints_deploy.cli.verify import verify_command
 from dints_deploy.cli.zoo import zoo_app
@@ -27,6 +28,7 @@ app.command("verify")(verify_command)
 app.command("retrain")(retrain_command)
 app.command("publish")(publish_command)
 app.command("export")(export_command)
+app.add_typer(search_app, name="search")
 app.add_typer(dicom_app, name="dicom")
 app.add_typer(zoo_app, name="zoo")
 

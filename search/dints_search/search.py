@@ -27,6 +27,7 @@ from dints_search.metrics import Figures, Metrics
 from dints_search.recipe import Recipe
 from dints_search.retrain import autocast, batches
 from dints_search.search_run import (
+    Parts,
     SearchConfig,
     configure_search,
     open_search,
@@ -74,6 +75,21 @@ class State:
         self.step = saved["step"]
 
 
+@dataclass(frozen=True)
+class Found:
+    """A finished search.
+
+    Attributes:
+        network: the search network with its architecture.
+        parts: which cases trained what, and which neither.
+        writes: whether this process is the one that writes files.
+    """
+
+    network: Supernet
+    parts: Parts
+    writes: bool
+
+
 def search(
     recipe: Recipe,
     dataset: Dataset,
@@ -84,7 +100,7 @@ def search(
     resume: bool = False,
     device: str = "cpu",
     report: Report = lambda done, figures: None,
-) -> Supernet:
+) -> Found:
     """Search on the training part of `fold`; return the search network and leave its architecture in `folder`.
 
     Raises:
@@ -110,7 +126,7 @@ def search(
         _iterate(state, config, folder, sources, world, report)
         if world.writes:
             write_architecture(folder, state.network.architecture)
-    return state.network
+    return Found(state.network, parts, world.writes)
 
 
 def search_window(recipe: Recipe) -> tuple[int, int, int]:
