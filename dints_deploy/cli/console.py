@@ -65,7 +65,7 @@ class Bar(Protocol):
 
 @contextmanager
 def progress(title: str) -> Iterator[Bar]:
-    """Yield a function of (done, total, note): a bar with the time left on a terminal, elsewhere a line now and then."""
+    """Yield a function of (done, total, note): a bar with the time left on a terminal, else a line now and then."""
     if not sys.stderr.isatty():
         yield _plain(printable(title))
         return
