@@ -6,6 +6,8 @@ DintsError            something failed                         exit code 1
 ├── EntryError        a zoo entry is damaged or not allowed    exit code 1
 ├── EngineError       an inference engine failed               exit code 1
 ├── OutputError       a result could not be written            exit code 1
+├── IntakeRefused     the daemon did not take an object        exit code 1
+├── DeliveryError     a destination did not take a result      exit code 1
 └── DatasetError      a training or evaluation dataset is bad  exit code 1
 
 A message is one sentence: what was expected, what was found, what to do.
@@ -26,6 +28,23 @@ REASONS: Final[dict[str, str]] = {
     # the daemon: configuration
     "config-invalid": "the configuration does not follow its schema, or names a file that is not there",
     "config-rights": "others could change the configuration, or read a key or token",
+    # the daemon: intake
+    "intake-disk": "the data folder has less room than the configuration keeps free, or holds more than its quota",
+    "intake-too-large": "an object is larger than the listener accepts",
+    "intake-unreadable": "an object's header is damaged, or lacks what identifies it",
+    "intake-mismatch": "an object is of another class or instance than the request said",
+    "intake-unsettled": "a file of a watched folder is still being written, or was changed while it was read",
+    # the daemon: delivery
+    "delivery-unreachable": "no connection to the destination",
+    "delivery-tls": "the destination's certificate, or ours, was not accepted",
+    "delivery-rejected": "the destination does not accept associations or requests from us",
+    "delivery-unsupported": "the destination takes no objects of this class",
+    "delivery-refused": "the destination answered that it did not store the object",
+    "delivery-aborted": "the destination broke off the transfer",
+    "delivery-timeout": "the destination did not answer in time",
+    "delivery-uncommitted": "the destination did not commit to keep the object",
+    "delivery-folder": "the folder of the destination cannot be written",
+    "delivery-conflict": "another file of the same name lies at the destination",
     # the file of a scan
     "scan-missing": "the file does not exist or cannot be read",
     "scan-empty": "the file has no bytes",
@@ -105,10 +124,15 @@ REASONS: Final[dict[str, str]] = {
     "entry-checksum": "a file differs from its checksum",
     "entry-onnx": "the ONNX file is damaged, uses external data or a custom domain, or is not the entry's network",
     "no-certificate": "this precision, engine or plan has no parity certificate for these weights",
+    "certificate-invalid": "the certificate was changed by hand, is damaged, or was sealed with another key",
+    "certificate-stale": "the certificate or plan is of another machine, GPU or engine version",
+    "artefact-damaged": "the network or plan made at export is missing, cut or not the one its certificate names",
+    "state-permissions": "others than the owner could change or read what lies in the state folder",
     # engines
     "engine-missing": "the engine's package is not installed",
     "engine-failed": "the engine could not load or run the network",
     "engine-output": "the engine returned values that are not finite or of the wrong shape",
+    "engine-memory": "the engine ran out of memory",
     "memory-limit": "the run cannot fit the memory limit",
     # outputs
     "output-unwritable": "the output folder or file cannot be written",
@@ -120,6 +144,7 @@ REASONS: Final[dict[str, str]] = {
     "case-invalid": "a training or evaluation case is not usable",
     "fold-unknown": "the fold does not exist",
     "cases-seen": "the entry was trained on these cases: its score on them would be no measurement",
+    "fetch-failed": "a dataset could not be downloaded, or is not what was published",
     "genotype-invalid": "the genotype is not a feasible network of its search space",
     "recipe-invalid": "the recipe or run configuration does not follow its schema",
     "run-mismatch": "the run folder belongs to another configuration",
@@ -167,6 +192,18 @@ class EngineError(DintsError):
 
 class OutputError(DintsError):
     """A result could not be written; no partial file is left."""
+
+
+class IntakeRefused(DintsError):  # noqa: N818  an answer to the sender, not a fault
+    """An object was not taken; nothing of it is kept, and the sender is told."""
+
+
+class DeliveryError(DintsError):
+    """A destination did not take a result; `retryable` says whether a later attempt can help."""
+
+    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+        super().__init__(code, message)
+        self.retryable = retryable
 
 
 class DatasetError(DintsError):
