@@ -6,6 +6,8 @@ DintsError            something failed                         exit code 1
 ├── EntryError        a zoo entry is damaged or not allowed    exit code 1
 ├── EngineError       an inference engine failed               exit code 1
 ├── OutputError       a result could not be written            exit code 1
+├── ServiceError      the daemon cannot start, or go on        exit code 1
+├── WorkerError       a worker process ended, hung or grew     exit code 1
 ├── IntakeRefused     the daemon did not take an object        exit code 1
 ├── DeliveryError     a destination did not take a result      exit code 1
 └── DatasetError      a training or evaluation dataset is bad  exit code 1
@@ -34,6 +36,26 @@ REASONS: Final[dict[str, str]] = {
     "intake-unreadable": "an object's header is damaged, or lacks what identifies it",
     "intake-mismatch": "an object is of another class or instance than the request said",
     "intake-unsettled": "a file of a watched folder is still being written, or was changed while it was read",
+    "intake-conflict": "another object of the same SOPInstanceUID came first; both are kept, the first one counts",
+    # the daemon: its store and audit trail
+    "daemon-running": "another daemon works on this data folder",
+    "daemon-thread": "a part of the daemon ended that must not end",
+    "store-corrupt": "the database is damaged",
+    "store-newer": "the database was written by a newer version of the software",
+    "store-failed": "the database cannot be opened or written",
+    "audit-broken": "the audit trail is cut, changed, or does not continue what the database and the anchor know",
+    # the daemon: jobs and workers
+    "job-unknown": "no job has this identifier, or several begin like it",
+    "job-state": "the job is not in a state in which this can be done",
+    "operator": "an operator did it by hand",
+    "object-damaged": "a stored object is missing, or is not the bytes that were received",
+    "objects-expired": "objects of the study were removed by the retention policy",
+    "destination-unknown": "the configuration no longer names the destination",
+    "worker-start": "no worker process could be started",
+    "worker-crashed": "the worker process ended before it answered",
+    "worker-hung": "the worker process gave no sign of life, or the job took longer than allowed",
+    "worker-memory": "the worker process needed more memory than allowed",
+    "worker-failed": "the worker met a fault of the software",
     # the daemon: delivery
     "delivery-unreachable": "no connection to the destination",
     "delivery-tls": "the destination's certificate, or ours, was not accepted",
@@ -192,6 +214,14 @@ class EngineError(DintsError):
 
 class OutputError(DintsError):
     """A result could not be written; no partial file is left."""
+
+
+class ServiceError(DintsError):
+    """The daemon cannot start or go on; somebody must look at it."""
+
+
+class WorkerError(DintsError):
+    """A worker process ended, hung or grew beyond its limit while it had a job."""
 
 
 class IntakeRefused(DintsError):  # noqa: N818  an answer to the sender, not a fault

@@ -154,14 +154,6 @@ class RouteMatch:
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """What a destination said when it took a result."""
-
-    message: str
-    committed: bool = False
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """How the daemon is, for health and metrics; holds no patient data.
 
