@@ -85,6 +85,18 @@ class _DatasetFile(BaseModel):
     training: list[_Pair] = Field(min_length=1)
 
 
+class _Image(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    image: str
+
+
+class _TestFile(BaseModel):
+    """The part of `dataset.json` about cases without labels; MSD lists names, others lists of pairs."""
+
+    model_config = ConfigDict(extra="ignore")
+    test: list[str | _Image] = []
+
+
 def read_dataset(root: Path) -> Dataset:
     """Read `dataset.json` under `root` and check that every file it names is there.
 
@@ -109,17 +121,37 @@ def read_dataset(root: Path) -> Dataset:
     return Dataset(parsed.name, root, channels, labels, tuple(cases))
 
 
+def read_unlabelled(root: Path) -> dict[str, Path]:
+    """Return case id -> image of the cases that `dataset.json` lists as `test`: scans whose labels are kept elsewhere.
+
+    Raises:
+        DatasetError: `dataset-invalid` or `case-invalid`.
+    """
+    if not (root / "dataset.json").is_file():
+        raise DatasetError("dataset-invalid", f"expected an MSD task folder, found no dataset.json in {root}")
+    parsed = read_json(root / "dataset.json", _TestFile, DatasetError, "dataset-invalid")
+    images = [entry if isinstance(entry, str) else entry.image for entry in parsed.test]
+    if not images:
+        raise DatasetError("dataset-invalid", f"expected cases under `test` in {root / 'dataset.json'}, found none")
+    return {_stem(image): _file(root, _stem(image), "image", image) for image in sorted(images)}
+
+
 def _case(root: Path, pair: _Pair) -> Case:
-    name = PurePosixPath(pair.image).name.removesuffix(".gz").removesuffix(".nii")
-    files = []
-    for kind, relative in (("image", pair.image), ("label", pair.label)):
-        path, pure = root / relative, PurePosixPath(relative)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise DatasetError("case-invalid", f"expected the {kind} of case {name} inside {root}, found {relative}")
-        if not path.is_file():
-            raise DatasetError("case-invalid", f"expected the {kind} of case {name} at {path}, found no file")
-        files.append(path)
-    return Case(name, *files)
+    name = _stem(pair.image)
+    return Case(name, _file(root, name, "image", pair.image), _file(root, name, "label", pair.label))
+
+
+def _stem(image: str) -> str:
+    return PurePosixPath(image).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _file(root: Path, case: str, kind: str, relative: str) -> Path:
+    path, pure = root / relative, PurePosixPath(relative)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise DatasetError("case-invalid", f"expected the {kind} of case {case} inside {root}, found {relative}")
+    if not path.is_file():
+        raise DatasetError("case-invalid", f"expected the {kind} of case {case} at {path}, found no file")
+    return path
 
 
 def read_case(case: Case, labels: dict[int, str]) -> tuple[Volume, Volume]:

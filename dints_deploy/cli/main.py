@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from dints_deploy.cli.crossval import crossval_command
+from dints_deploy.cli.data import data_app
 from dints_deploy.cli.dicom import dicom_app
 from dints_deploy.cli.evaluate import evaluate_command
 from dints_deploy.cli.export import export_command
@@ -26,9 +28,11 @@ app.command("segment")(segment_command)
 app.command("evaluate")(evaluate_command)
 app.command("verify")(verify_command)
 app.command("retrain")(retrain_command)
+app.command("crossval")(crossval_command)
 app.command("publish")(publish_command)
 app.command("export")(export_command)
 app.add_typer(search_app, name="search")
+app.add_typer(data_app, name="data")
 app.add_typer(dicom_app, name="dicom")
 app.add_typer(zoo_app, name="zoo")
 

@@ -23,6 +23,10 @@ def retrain_command(
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of the recipe's.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe, such as retraining.batch=4.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep prepared cases in this folder, not in memory.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train the network of a genotype on one fold's training part; resumable at any time.
@@ -34,11 +38,11 @@ def retrain_command(
             import torch
 
             from dints_search.genotype import read_genotype
-            from dints_search.recipe import find_recipe, with_steps
+            from dints_search.recipe import find_recipe, override, with_steps
             from dints_search.retrain import retrain
         if threads is not None:
             torch.set_num_threads(threads)
-        recipe = with_steps(find_recipe(task), steps)
+        recipe = with_steps(override(find_recipe(task), settings or []), steps)
         with progress("retrain") as bar:
             weights = retrain(
                 recipe,
@@ -49,6 +53,7 @@ def retrain_command(
                 seed=seed,
                 resume=resume,
                 device=device,
+                cache=cache,
                 report=lambda step, loss, rate: bar(step, recipe.retraining.steps),
             )
         say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")

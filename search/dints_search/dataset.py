@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from dints_deploy.catalog.dataset import Case, read_case
+from dints_deploy.catalog.dataset import Case, Dataset, read_case
 from dints_deploy.catalog.preparation import Preparation
 from dints_deploy.errors import DatasetError, DintsError
 from dints_deploy.files import make_folder, replacing, sha256_file
 from dints_deploy.runtime.preprocess import prepare
 from dints_search.augment import Augmenter
+from dints_search.recipe import Recipe
 
 MOST_VOXELS: Final = 10_000
 """Voxels per class and case that a foreground patch may be centred on; nnU-Net's number."""
@@ -55,6 +56,31 @@ def load_cases(
     if cache is None:
         return [_load(case, preparation, labels) for case in cases]
     return [_load_cached(case, preparation, labels, make_folder(cache)) for case in cases]
+
+
+def check_dataset(dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse a dataset whose channels or labels are not the recipe's, or stand in another order.
+
+    Raises:
+        DatasetError: `dataset-invalid`.
+    """
+    if len(dataset.channels) != len(recipe.channels):
+        names = [channel.name for channel in recipe.channels]
+        _refuse("channels", names, dataset.channels)
+    if set(dataset.labels) != set(recipe.label_names):
+        _refuse("labels", recipe.label_names, dataset.labels)
+    if recipe.dataset is not None:
+        for kind, expected, found in (
+            ("channels", recipe.dataset.modality, dataset.channels),
+            ("labels", recipe.dataset.labels, tuple(dataset.labels.values())),
+        ):
+            ours, theirs = ([name.casefold() for name in names] for names in (expected, found))
+            if ours != theirs and sorted(ours) == sorted(theirs):
+                _refuse(f"{kind} in this order", expected, found)
+
+
+def _refuse(what: str, expected: object, found: object) -> NoReturn:
+    raise DatasetError("dataset-invalid", f"expected the recipe's {what}, {expected}, found {found} in dataset.json")
 
 
 def check_classes(cases: Sequence[TrainingCase], labels: dict[int, str]) -> None:

@@ -12,6 +12,7 @@ from dints_deploy.catalog.entry import Entry, Member, Training
 from dints_deploy.catalog.strict import faults
 from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.files import sha256_file
+from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.evaluate import Evaluation, evaluate
 from dints_search.run import RunConfig, trained_network
 from dints_search.torch_engine import TorchSession
@@ -56,6 +57,12 @@ def entry_of(configs: list[RunConfig], name: str, version: str = "0.0.0") -> Ent
         )
     except ValidationError as fault:
         raise UsageError("usage", f"expected the name and version of an entry, found {faults(fault)}") from fault
+
+
+def open_run_sessions(run: Path) -> tuple[Entry, list[Session]]:
+    """Return what a finished run would publish, and its network in torch, fp32."""
+    config, network = trained_network(run)
+    return entry_of([config], "run"), [TorchSession(network)]
 
 
 def evaluate_run(

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from dints_deploy.catalog.entry import (
     Accepts,
@@ -18,7 +29,7 @@ from dints_deploy.catalog.entry import (
     check_softmax,
 )
 from dints_deploy.catalog.preparation import Channel, Preparation, Sizes, Spacing
-from dints_deploy.catalog.strict import Strict, read_toml
+from dints_deploy.catalog.strict import Strict, faults, read_toml
 from dints_deploy.errors import DatasetError
 from dints_search.searching import Searching
 
@@ -184,6 +195,31 @@ def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
     if steps is None:
         return recipe
     return recipe.model_copy(update={"retraining": recipe.retraining.model_copy(update={"steps": steps})})
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Return the recipe with figures replaced, each given as NAME=VALUE: a dotted path, and a value as in TOML.
+
+    Raises:
+        DatasetError: `recipe-invalid` when a path or a value is not one of a recipe.
+    """
+    fields = recipe.model_dump(mode="json", exclude_none=True)
+    for setting in settings:
+        path, _, text = setting.partition("=")
+        *parents, last = path.strip().split(".")
+        place = fields
+        try:
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DatasetError("recipe-invalid", f"expected NAME=VALUE as in the recipe, found {setting!r}") from error
+    try:
+        return Recipe.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise DatasetError(
+            "recipe-invalid", f"expected a recipe with {', '.join(settings)}, found: {faults(error)}"
+        ) from error
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -26,7 +26,7 @@ from dints_deploy.catalog.dataset import Dataset
 from dints_deploy.files import write_bytes
 from dints_search.augment import Augmenter
 from dints_search.checkpoint import load_checkpoint, save_checkpoint
-from dints_search.dataset import Patches, load_cases
+from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
 from dints_search.genotype import Genotype
 from dints_search.recipe import Recipe, Retraining
 from dints_search.run import build_network, check_precision, configure, open_run
@@ -82,6 +82,7 @@ def retrain(
     seed: int = 0,
     resume: bool = False,
     device: str = "cpu",
+    cache: Path | None = None,
     report: Report = lambda step, loss, rate: None,
 ) -> Path:
     """Train the genotype's network on the training part of `fold` and return the path of its averaged weights.
@@ -91,6 +92,7 @@ def retrain(
     """
     settings = recipe.retraining
     check_precision(recipe, genotype)
+    check_dataset(dataset, recipe)
     training, _ = dataset.fold(fold)
     config = configure(recipe, genotype, training, fold=fold, seed=seed)
     open_run(folder, config, genotype, resume=resume)
@@ -99,7 +101,8 @@ def retrain(
     checkpoint, configuration = folder / "checkpoint.pt", config.digest()
     if checkpoint.exists():
         state.load(checkpoint, configuration)
-    cases = load_cases(training, recipe.preparation, recipe.label_names)
+    cases = load_cases(training, recipe.preparation, recipe.label_names, cache=cache)
+    check_classes(cases, recipe.label_names)
     patches = Patches(
         cases,
         window=recipe.window,
