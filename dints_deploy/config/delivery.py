@@ -32,7 +32,7 @@ class Route(Strict):
     """Which studies go to which entry, what is made of them, and where it goes.
 
     Attributes:
-        calling, called: patterns of the sender's and of our AE title; empty for every one, and for folders.
+        calling: patterns of the sender's AE title; empty for every one, and for folders.
         series: conditions that must each be met by a series of the study.
         outputs: as `segment --to`.
         priority: higher is first.
@@ -42,7 +42,6 @@ class Route(Strict):
     name: Name
     entry: Name
     calling: tuple[str, ...] = ()
-    called: tuple[str, ...] = ()
     series: tuple[SeriesCondition, ...] = ()
     outputs: tuple[str, ...] = Field(default=("dicom-seg", "dicom-sr"), min_length=1)
     destinations: tuple[Name, ...] = Field(min_length=1)
