@@ -13,6 +13,7 @@ from dints_deploy.cli.evaluate import evaluate_command
 from dints_deploy.cli.export import export_command
 from dints_deploy.cli.publish import publish_command
 from dints_deploy.cli.retrain import retrain_command
+from dints_deploy.cli.route import route_app
 from dints_deploy.cli.search import search_app
 from dints_deploy.cli.segment import segment_command
 from dints_deploy.cli.verify import verify_command
@@ -35,6 +36,7 @@ app.add_typer(search_app, name="search")
 app.add_typer(data_app, name="data")
 app.add_typer(dicom_app, name="dicom")
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(route_app, name="route")
 
 
 def _version(asked: bool) -> None:
