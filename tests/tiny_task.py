@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from dints_deploy.imaging.volume import Volume
 from dints_search.genotype import OPERATIONS, Genotype, parse_genotype
 from dints_search.recipe import Recipe, read_recipe
 from dints_search.retrain import retrain
+from dints_search.search import search
+from dints_search.search_run import with_search
 from tests.tiny_entry import Fields, entry_fields
 
 SIZE = (14, 12, 13)
@@ -123,9 +126,31 @@ def train(folder: Path, *, resume: bool = False, stop_at: int = 0, **retraining:
     return retrain(recipe, tiny_genotype(), task, folder / "run", fold=0, seed=3, resume=resume, report=wait)
 
 
-def train_and_die(folder: Path, step: int, **options: Any) -> None:
-    """Train in a process of its own until a step, then end it with SIGKILL."""
-    process = PROCESSES.Process(target=train, args=(folder,), kwargs={"stop_at": step, **options})
+def search_tiny(folder: Path, *, resume: bool = False, stop_at: int = 0, **settings: Any) -> Path:
+    """Search on the tiny task that lies in `folder` to `folder/run`, with arguments as those of `train`."""
+    torch.set_num_threads(1)
+
+    def wait(step: int, figures: object) -> None:
+        if step == stop_at:
+            (folder / "reached").touch()
+            time.sleep(600)
+
+    recipe = tiny_search_recipe(folder, **settings)
+    task = read_dataset(folder / "task")
+    search(recipe, task, folder / "run", fold=0, seed=3, resume=resume, report=wait)
+    return folder / "run"
+
+
+def tiny_search_recipe(folder: Path, **settings: Any) -> Recipe:
+    """Return the recipe of the tiny task with a search of two blocks and two levels."""
+    space = {"num_blocks": 2, "num_depths": 2, "channel_multiplier": 0.125, "memory": "reference"}
+    steps = {"steps": 8, "batch": 2, "precision": "fp32", "checkpoint_every": 3}
+    return with_search(tiny_recipe(folder), **space | steps | settings)
+
+
+def die_at(step: int, target: Callable[..., Path], folder: Path, **options: Any) -> None:
+    """Run `train` or `search_tiny` in a process of its own until a step, then end it with SIGKILL."""
+    process = PROCESSES.Process(target=target, args=(folder,), kwargs={"stop_at": step, **options})
     process.start()
     while process.is_alive() and not (folder / "reached").exists():
         time.sleep(0.02)
@@ -136,9 +161,14 @@ def train_and_die(folder: Path, step: int, **options: Any) -> None:
         raise AssertionError(f"expected training to be killed, found exit code {process.exitcode}")
 
 
-def train_apart(folder: Path, **options: Any) -> Path:
-    """Train in a process of its own to the end and return the run folder."""
-    process = PROCESSES.Process(target=train, args=(folder,), kwargs=options)
+def train_and_die(folder: Path, step: int, **options: Any) -> None:
+    """Train in a process of its own until a step, then end it with SIGKILL."""
+    die_at(step, train, folder, **options)
+
+
+def train_apart(folder: Path, target: Callable[..., Path] = train, **options: Any) -> Path:
+    """Train, or search, in a process of its own to the end and return the run folder."""
+    process = PROCESSES.Process(target=target, args=(folder,), kwargs=options)
     process.start()
     process.join()
     if process.exitcode != 0:

@@ -187,14 +187,13 @@ def cost_table(recipe: Recipe) -> CostTable:
 
 
 def search_setting(recipe: Recipe) -> Setting:
-    """Return what the cost of the search network's pieces depends on."""
+    """Return what the cost of the search network's pieces depends on, for one scan."""
     return Setting(
         SearchSpace(recipe.search.num_blocks, recipe.search.num_depths),
         search_window(recipe),
         in_channels=len(recipe.channels),
         num_classes=len(recipe.labels) + 1,
         channel_multiplier=recipe.search.channel_multiplier,
-        batch=recipe.search.batch,
         up=recipe.search.up,
     )
 
@@ -265,9 +264,11 @@ def iterate(state: State, settings: Searching, sources: Sequence[Batches], cost:
             validation, state.architecture, parameters_of(state.weights), scaler=state.scalers[1], **common
         )
     state.step += 1
-    figures: Figures = {"step": state.step, "phase": "search" if parts else "warmup", "loss": loss.item()}
-    figures |= {"learning_rate": rate, "progress": progress}
-    return figures | (_named(parts[-1]) if parts else {})
+    figures: Figures = {"step": state.step, "phase": "search" if parts else "warmup"}
+    losses = {"loss": loss.double()} | (_named(parts[-1]) if parts else {})
+    world.average(list(losses.values()))
+    figures |= {name: value.item() for name, value in losses.items()}
+    return figures | {"learning_rate": rate, "progress": progress}
 
 
 def _regularised(
@@ -285,8 +286,8 @@ def _regularised(
     )
 
 
-def _named(found: ArchitectureLoss) -> Figures:
-    """Return the figures of an architecture step under the paper's names."""
+def _named(found: ArchitectureLoss) -> dict[str, Tensor]:
+    """Return the parts of an architecture step's loss under the paper's names."""
     parts = {
         "L_seg": found.segmentation,
         "L_alpha": found.operations,
@@ -295,4 +296,4 @@ def _named(found: ArchitectureLoss) -> Figures:
         "L_m": found.memory,
         "usage": found.usage,
     }
-    return {name: value.item() for name, value in parts.items()}
+    return {name: value.detach().double() for name, value in parts.items()}

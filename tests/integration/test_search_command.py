@@ -1,0 +1,75 @@
+"""`dints-deploy search` in processes of its own: alone, two under `torchrun`, and with arguments that make no sense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+
+from dints_deploy.cli.search import search_command
+from dints_search.genotype import read_genotype
+from dints_search.metrics import read_metrics
+from dints_search.search_run import read_architecture
+from tests.command import Machine
+from tests.tiny_task import tiny_search_recipe, write_task
+
+SETTINGS = ("--steps", 4, "--memory", "reference", "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """Return a folder with the tiny task and its recipe."""
+    folder = tmp_path_factory.mktemp("search")
+    write_task(folder / "task")
+    recipe = tiny_search_recipe(folder).model_dump(mode="json", exclude_none=True)
+    (folder / "tiny.toml").write_text(tomli_w.dumps(recipe), encoding="utf-8")
+    return Machine(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(machine: Machine) -> Path:
+    """Search in one process on batches of two."""
+    done = machine.run("search", "--task", "tiny.toml", "--data", "task", "--out", "alone", "--json", *SETTINGS)
+    assert done.code == 0, done.err
+    assert done.json["edges"] == sum(map(sum, read_genotype(machine.folder / "alone/genotype.json").edge_active))
+    return machine.folder / "alone"
+
+
+def test_a_search_leaves_what_a_person_wants_to_see(alone: Path) -> None:
+    wanted = {"config.toml", "metrics.jsonl", "genotype.json", "architecture.svg", "architecture.png", "relaxation.png"}
+    assert wanted <= {path.name for path in alone.iterdir()}
+    assert any((alone / "events").iterdir())
+    assert {"L_seg", "L_alpha", "L_eta", "L_tp", "L_m", "usage"} <= set(read_metrics(alone)[-1])
+
+
+def test_two_processes_search_as_one_with_the_doubled_batch(machine: Machine, alone: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words = ["search", "--task", "tiny.toml", "--data", "task", "--out", "two", "--batch", "1", *map(str, SETTINGS)]
+    environment = machine.environment()
+    del environment["PYTHONWARNINGS"]  # torchrun itself warns
+    subprocess.run(
+        [*start, "dints_deploy", *words],
+        cwd=machine.folder,
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    two = machine.folder / "two"
+    for one, other in zip(read_metrics(alone), read_metrics(two), strict=True):
+        assert one.pop("phase") == other.pop("phase")
+        one["seconds"] = other["seconds"] = 0
+        assert one == pytest.approx(other, rel=1e-5)
+    for a, b in zip(read_architecture(alone).parameters(), read_architecture(two).parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_search_needs_its_three_arguments(machine: Machine) -> None:
+    done = machine.run("search", "--task", "4", "--json")
+    assert (done.code, json.loads(done.out)["error"]["code"]) == (2, "usage")
+    assert "Example" in (search_command.__doc__ or "")

@@ -1,0 +1,232 @@
+"""The steps of a search against their definitions, its split, its schedule, and the wishes that choose a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.losses import DiceCELoss
+from torch import Tensor
+
+from dints_deploy.catalog.dataset import Case
+from dints_deploy.errors import DatasetError, DintsError
+from dints_search.bilevel import next_sgd_step, unrolled_gradient
+from dints_search.choice import Choice, check_choice, choose, deployed_setting
+from dints_search.cost import work_table
+from dints_search.metrics import read_metrics, rewind
+from dints_search.search import check_window
+from dints_search.search_run import read_architecture, split_training, with_search
+from dints_search.searching import Searching
+from dints_search.segmentation_loss import segmentation_loss
+from dints_search.space import ArchitectureParameters, SearchSpace
+from dints_search.supernet import Supernet
+from tests.tiny_task import die_at, search_tiny, tiny_search_recipe, train_apart, write_task
+
+
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(2, 4))
+@settings(max_examples=20, deadline=None)
+def test_the_loss_and_its_gradient_are_monais(seed: int, batch: int, classes: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn((batch, classes, 3, 4, 5), generator=generator, dtype=torch.float64)
+    label = torch.randint(0, classes, (batch, 1, 3, 4, 5), generator=generator)
+    oracle = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    found, wanted = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours, theirs = segmentation_loss(found, label), oracle(wanted, label)
+    gradients = torch.autograd.grad(ours, found)[0], torch.autograd.grad(theirs, wanted)[0]
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*gradients)
+
+
+class Toy:
+    """A search network of two blocks in float64 with two batches, to differentiate by hand."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.network = Supernet(SearchSpace(1, 2), in_channels=1, num_classes=2, channel_multiplier=0.0625).double()
+        self.weights = self.network.weights()
+        self.alphas = list(self.network.architecture.parameters())
+        generator = torch.Generator().manual_seed(1)
+        self.batches = [self._batch(generator) for _ in range(2)]
+
+    @staticmethod
+    def _batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        image = torch.randn((1, 1, 8, 8, 8), generator=generator, dtype=torch.float64)
+        return image, torch.randint(0, 2, (1, 1, 8, 8, 8), generator=generator)
+
+    def training(self) -> Tensor:
+        return segmentation_loss(self.network(self.batches[0][0]), self.batches[0][1])
+
+    def validation(self) -> Tensor:
+        return segmentation_loss(self.network(self.batches[1][0]), self.batches[1][1])
+
+
+def test_the_unrolled_gradient_is_that_of_the_loss_after_a_step_of_the_weights() -> None:
+    """Differences of L_val(w - rate * step(w, alpha), alpha) over alpha, momentum and weight decay included."""
+    toy, rate, step = Toy(), 0.05, 1e-5
+    optimiser = torch.optim.SGD(toy.weights, lr=rate, momentum=0.9, weight_decay=0.01)
+    toy.training().backward()  # type: ignore[no-untyped-call]
+    optimiser.step()  # fills the momentum
+
+    def ahead() -> float:
+        kept = [w.detach().clone() for w in toy.weights]
+        directions = next_sgd_step(toy.training, optimiser, average=lambda tensors: None)
+        with torch.no_grad():
+            for weight, direction in zip(toy.weights, directions, strict=True):
+                weight.sub_(rate * direction)
+            value = toy.validation().item()
+            for weight, old in zip(toy.weights, kept, strict=True):
+                weight.copy_(old)
+        return value
+
+    directions = next_sgd_step(toy.training, optimiser, average=lambda tensors: None)
+    arguments: dict[str, Any] = {"rate": rate, "perturbation": 1e-4}
+    found = unrolled_gradient(toy.training, toy.validation, toy.alphas, toy.weights, directions, **arguments)
+    first_order = torch.autograd.grad(toy.validation(), toy.alphas)
+    for alpha, gradient, simple in zip(toy.alphas, found, first_order, strict=True):
+        flat = alpha.data.view(-1)
+        for n in range(0, flat.numel(), 3):
+            values = []
+            for sign in (1, -1):
+                flat[n] += sign * step
+                values.append(ahead())
+                flat[n] -= sign * step
+            wanted = (values[0] - values[1]) / (2 * step)
+            assert gradient.view(-1)[n].item() == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+        assert not torch.allclose(gradient, simple, rtol=0.01)
+
+
+def test_an_sgd_step_is_foreseen() -> None:
+    toy = Toy()
+    optimiser = torch.optim.SGD(toy.weights, lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(3):
+        directions = next_sgd_step(toy.training, optimiser, average=lambda tensors: None)
+        wanted = [w.detach() - 0.1 * d for w, d in zip(toy.weights, directions, strict=True)]
+        optimiser.zero_grad()
+        toy.training().backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        torch.testing.assert_close([w.detach() for w in toy.weights], wanted)
+
+
+@given(st.integers(1, 400), st.floats(0, 0.9))
+def test_progress_is_zero_in_the_warm_up_then_rises_to_one(steps: int, warmup: float) -> None:
+    settings = Searching(steps=steps, warmup=warmup)
+    progress = [settings.progress(step) for step in range(steps)]
+    assert progress == sorted(progress)
+    assert sum(p == 0 for p in progress) == settings.warmup_steps
+    assert progress[-1] == 1 or settings.warmup_steps == steps
+
+
+def test_the_rate_rises_then_is_halved_twice() -> None:
+    settings = Searching(steps=1000, rate_warmup_steps=10, learning_rate=0.4)
+    rates = [settings.rate(step) for step in range(1000)]
+    assert (rates[0], rates[9], rates[500], rates[750], rates[999]) == pytest.approx((0.04, 0.4, 0.4, 0.2, 0.1))
+
+
+@given(st.integers(3, 60), st.integers(0, 9), st.floats(0.01, 0.9))
+def test_the_parts_share_the_training_cases(count: int, seed: int, held_out: float) -> None:
+    cases = tuple(Case(f"{n:02}", Path(), Path()) for n in range(count))
+    parts = split_training(cases, seed=seed, held_out=held_out)
+    ids = [case.id for part in (parts.weights, parts.architecture, parts.held_out) for case in part]
+    assert sorted(ids) == [case.id for case in cases]
+    assert min(len(parts.weights), len(parts.architecture), len(parts.held_out)) >= 1
+    assert 0 <= len(parts.weights) - len(parts.architecture) <= 1
+    assert split_training(cases, seed=seed, held_out=held_out) == parts
+
+
+def test_a_killed_search_that_resumes_leaves_the_same_metrics_and_architecture(tmp_path: Path) -> None:
+    """Bit for bit, with the kill between two checkpoints of the second phase."""
+    for name in ("whole", "killed"):
+        write_task(tmp_path / name / "task")
+    die_at(7, search_tiny, tmp_path / "killed")
+    killed = train_apart(tmp_path / "killed", search_tiny, resume=True)
+    whole = train_apart(tmp_path / "whole", search_tiny)
+    figures = [[{**f, "seconds": 0} for f in read_metrics(run)] for run in (killed, whole)]
+    assert figures[0] == figures[1]
+    assert [f["step"] for f in figures[0]] == list(range(1, 9))
+    for one, other in zip(read_architecture(killed).parameters(), read_architecture(whole).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_search_moves_the_architecture_only_after_the_warm_up(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    run = search_tiny(tmp_path, warmup=0.99, unrolled=True, memory="measured")
+    torch.manual_seed(3)
+    untouched = Supernet(SearchSpace(2, 2), in_channels=1, num_classes=3, channel_multiplier=0.125).architecture
+    assert torch.equal(read_architecture(run).alpha_c, untouched.alpha_c)
+    again = tmp_path / "again"
+    write_task(again / "task")
+    moved = read_architecture(search_tiny(again, warmup=0.5, unrolled=True))
+    assert not torch.equal(moved.alpha_c, untouched.alpha_c)
+    assert {f["phase"] for f in read_metrics(again / "run")} == {"warmup", "search"}
+
+
+def test_a_torn_line_of_metrics_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert [f["step"] for f in read_metrics(tmp_path)] == [1, 2, 3]
+    rewind(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    search_tiny(tmp_path, steps=2)
+    with pytest.raises(DatasetError, match=r"expected .* to hold this configuration") as caught:
+        search_tiny(tmp_path, steps=2, sigma=0.2, resume=True)
+    assert caught.value.code == "run-mismatch"
+    with pytest.raises(DatasetError, match="give --resume"):
+        search_tiny(tmp_path, steps=2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"window": (12, 12, 10)}, {"window": (4, 4, 4)}, {"window": (8, 12, 12), "precision": "bf16"}]
+)
+def test_a_window_that_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError) as caught:
+        check_window(tiny_search_recipe(tmp_path, **changes))
+    assert caught.value.code == "recipe-invalid"
+
+
+def test_settings_that_are_none_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="sigma"):
+        with_search(tiny_search_recipe(tmp_path), sigma=1.5)
+
+
+def drawn(seed: int = 0) -> ArchitectureParameters:
+    parameters = ArchitectureParameters(SearchSpace(3, 2), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for alpha in parameters.parameters():
+            alpha.add_(torch.randn(alpha.shape, generator=torch.Generator().manual_seed(seed)))
+    return parameters
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_budget_is_kept_and_told(tmp_path: Path, joint: bool) -> None:
+    recipe, parameters = tiny_search_recipe(tmp_path), drawn()
+    table = work_table(deployed_setting(recipe, parameters.space))
+    free = table.of(choose(parameters, Choice(), recipe).genotype)
+    chosen = choose(parameters, Choice(max_gmac=0.9 * free, joint=joint), recipe)
+    assert chosen.predicted == pytest.approx(table.of(chosen.genotype))
+    assert 0 < chosen.predicted <= chosen.limit == 0.9 * free
+    with pytest.raises(DatasetError) as caught:
+        choose(parameters, Choice(max_gmac=1e-9 * free), recipe)
+    assert caught.value.code == "genotype-invalid"
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"decoder": "best"},
+        {"max_gmac": 1.0, "max_memory": 1.0},
+        {"max_latency": 0.0},
+        {"max_gmac": 1.0, "decoder": "darts"},
+        {"joint": True},
+    ],
+)
+def test_a_contradictory_wish_is_refused(wish: dict[str, Any]) -> None:
+    with pytest.raises(DintsError) as caught:
+        check_choice(Choice(**wish))
+    assert caught.value.code == "usage"
