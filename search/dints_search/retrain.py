@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -83,9 +83,12 @@ def retrain(
     resume: bool = False,
     device: str = "cpu",
     cache: Path | None = None,
+    without: Collection[str] = (),
     report: Report = lambda step, loss, rate: None,
 ) -> Path:
     """Train the genotype's network on the training part of `fold` and return the path of its averaged weights.
+
+    Cases named in `without` are left out, to measure on them inside the training part.
 
     Raises:
         DatasetError: a bad case, another configuration in `folder`, or a damaged checkpoint.
@@ -93,7 +96,7 @@ def retrain(
     settings = recipe.retraining
     check_precision(recipe, genotype)
     check_dataset(dataset, recipe)
-    training, _ = dataset.fold(fold)
+    training = tuple(case for case in dataset.fold(fold)[0] if case.id not in without)
     config = configure(recipe, genotype, training, fold=fold, seed=seed)
     open_run(folder, config, genotype, resume=resume)
     torch.manual_seed(seed)
