@@ -127,18 +127,21 @@ def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limit
 
 
 def by_study(files: Sequence[Path], *, limits: Limits = DEFAULT_LIMITS) -> list[tuple[Path, ...]]:
-    """Group single DICOM files by their StudyInstanceUID, in order; those that cannot be read go with every study."""
+    """Group single DICOM files by their StudyInstanceUID, in order; those that name none go with every study."""
     groups: dict[str, list[Path]] = {}
-    lost: list[Path] = []
     with quiet():
         for path in files:
-            try:
-                uid = Attributes([read_header(path, limits=limits).dataset]).text("StudyInstanceUID")
-            except ScanRefused:
-                lost.append(path)
-                continue
-            groups.setdefault(uid, []).append(path)
-    return [(*group, *lost) for group in groups.values()] or [tuple(lost)]
+            groups.setdefault(_study_of(path, limits), []).append(path)
+    nameless = groups.pop("", [])
+    return [(*group, *nameless) for group in groups.values()] or [tuple(nameless)]
+
+
+def _study_of(path: Path, limits: Limits) -> str:
+    """Return the StudyInstanceUID of a file, empty where it has none or is damaged."""
+    try:
+        return Attributes([read_header(path, limits=limits).dataset]).text("StudyInstanceUID")
+    except ScanRefused:
+        return ""
 
 
 def _files(source: Path | Sequence[Path], scratch: Path | None, limits: Limits) -> list[Path]:

@@ -112,7 +112,7 @@ def first_file(scan: Scan) -> Path:
 def cases_of(scans: Sequence[Path]) -> list[Scan]:
     """Return the cases of a call: DICOM files of one study are one case, every other scan is one by itself.
 
-    Files whose header cannot be read go with every study: each may be the slice that it lacks.
+    Files that name no study, as damaged ones do, go with every study: each may be the slice that it lacks.
     """
     single = [scan for scan in scans if scan.is_file() and scan.suffix.lower() != ".zip" and is_dicom(scan)]
     if len(single) < 2:

@@ -13,10 +13,15 @@ import pytest
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
+    HTJ2K,
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
@@ -93,6 +98,29 @@ def test_compressed_syntaxes_give_the_pixels_they_were_made_from(
         ds.compress(syntax, generate_instance_uid=False)
         ds.save_as(path)
     np.testing.assert_array_equal(stack(tmp_path, decoders), phantom.values().astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "name"),
+    [(HTJ2KLossless, "lossless"), (HTJ2KLosslessRPCL, "lossless-rpcl"), (HTJ2K, "lossy")],
+)
+def test_high_throughput_jpeg_2000_gives_the_pixels_that_openjph_encoded(
+    tmp_path: Path, data: Path, decoders: Decoders, syntax: UID, name: str
+) -> None:
+    """Code streams of OpenJPH; the lossy one against what OpenJPH itself decodes (tests/data/htj2k)."""
+    row, column = np.mgrid[:48, :40]
+    image = 1000 + row * 37 + column * 21 + row * column % 13 * 40  # what was encoded
+    if name == "lossy":
+        image = np.frombuffer((data / "htj2k" / "lossy.pgm").read_bytes()[-image.size * 2 :], ">u2").reshape(48, 40)
+    codestream = (data / "htj2k" / f"{name}.j2c").read_bytes()
+    for path in write(tmp_path, straight(planes=3, rows=48, columns=40)):
+        ds: Any = dcmread(path)
+        ds.PixelData = encapsulate([codestream])
+        ds["PixelData"].is_undefined_length = True
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.save_as(path)
+    for plane in stack(tmp_path, decoders):
+        np.testing.assert_allclose(plane, image, atol=1 if name == "lossy" else 0)
 
 
 def test_one_image_in_nine_transfer_syntaxes_has_the_same_pixels(decoders: Decoders) -> None:
