@@ -124,11 +124,29 @@ class Training(Strict):
     """Commit of the code that trained it."""
 
 
+class ReducedLimits(Strict):
+    """How far fp16, bf16 or int8 may be from the reference: labels count, logits are rounded on purpose.
+
+    Attributes:
+        min_label_agreement: share of equal labels on the entry's real windows.
+        min_dice: of each label between the two label maps there.
+        min_hostile_label_agreement: share of equal labels on air, a constant and clipped metal, which are far from
+            anything that precision was chosen for, and where a constant makes normalisation amplify rounding.
+        max_dice_drop: of the mean Dice against the readers' labels, of each label, where labelled cases are given.
+    """
+
+    min_label_agreement: PositiveFloat = 0.999
+    min_dice: PositiveFloat = 0.99
+    min_hostile_label_agreement: PositiveFloat = 0.95
+    max_dice_drop: NonNegativeFloat = 0.005
+
+
 class ParityLimits(Strict):
-    """How far an engine may be from the reference before it is refused."""
+    """How far an engine may be from the reference before it is refused: in fp32, and in `reduced` precision."""
 
     max_abs_logit: PositiveFloat = 1e-3
     min_label_agreement: PositiveFloat = 0.9999
+    reduced: ReducedLimits = ReducedLimits()
 
 
 class Entry(Strict):

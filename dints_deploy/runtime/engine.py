@@ -6,6 +6,7 @@ always set explicitly, and the session says which one runs.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -72,17 +73,41 @@ class Engine(Protocol):
         """Load an ONNX network for windows (i, j, k) and batches of `batch`.
 
         Raises:
-            EngineError: `engine-failed` or `no-certificate`.
+            EngineError: `engine-failed` or `engine-memory`. UsageError: the engine has no such precision.
         """
         ...
 
 
-PACKAGES: Final = {"openvino": "openvino", "onnx": "onnxruntime", "tensorrt": "tensorrt"}
-"""Engine -> the package it needs."""
+PACKAGES: Final = {
+    "openvino": "openvino",
+    "onnx": "onnxruntime",
+    "onnx-trt": "onnxruntime",
+    "tensorrt": "tensorrt",
+}
+"""Engine -> the package it needs; `onnx-trt` is ONNX Runtime's TensorRT provider."""
+
+DISTRIBUTIONS: Final = {
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13"),
+}
+"""Package -> the distributions that bring it."""
+
+COMPUTES: Final = {
+    "openvino": ("fp32", "bf16", "fp16", "int8"),
+    "onnx": ("fp32", "fp16", "int8"),
+    "onnx-trt": ("fp32", "fp16", "int8"),
+    "tensorrt": ("fp32", "fp16", "int8"),
+}
+"""Engine -> the precisions it can be told to compute in."""
+
+COMPILED: Final = ("tensorrt", "onnx-trt")
+"""Engines that compile a network into a plan for one GPU: each plan needs a certificate of its own, fp32 too."""
 
 FIX: Final = {
     "openvino": "pip install 'dints-deploy[cpu]'",
     "onnx": "pip install 'dints-deploy[cpu]'",
+    "onnx-trt": "pip install 'dints-deploy[gpu]' on a machine with an NVIDIA GPU",
     "tensorrt": "pip install 'dints-deploy[gpu]' on a machine with an NVIDIA GPU",
 }
 
@@ -108,10 +133,12 @@ def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int 
         raise UsageError("usage", f"expected the device cpu or cuda:N, found {device!r}")
     if name == "openvino" and device != "cpu":
         raise UsageError("usage", f"expected the device cpu for openvino, found {device!r}: choose the engine onnx")
+    if name in COMPILED and device == "cpu":
+        raise UsageError("usage", f"expected a GPU for {name}, found the device cpu: add --device cuda:0")
     chosen, why = (name, "asked for") if name != "auto" else _choose(windows, device)
     if not installed(chosen):
         raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
-    return _build(chosen, device, threads or available_threads()), why
+    return build_engine(chosen, device, threads or available_threads()), why
 
 
 def installed(engine: str) -> bool:
@@ -136,30 +163,59 @@ def _choose(windows: int, device: str) -> tuple[str, str]:
     return "onnx", "the only CPU engine installed"
 
 
-def _build(name: str, device: str, threads: int) -> Engine:
+def build_engine(name: str, device: str, threads: int) -> Engine:
+    """Return an engine that is installed."""
     if name == "openvino":
         from dints_deploy.runtime.openvino_engine import OpenVinoEngine
 
         return OpenVinoEngine(threads=threads)
-    if name == "onnx":
-        from dints_deploy.runtime.onnx_engine import OnnxEngine
+    if name == "tensorrt":
+        from dints_deploy.runtime.tensorrt_engine import TensorRtEngine
 
-        return OnnxEngine(device=device, threads=threads)
-    raise EngineError("engine-missing", "expected an engine of this version, TensorRT comes with a later one: use onnx")
+        return TensorRtEngine(device=device)
+    from dints_deploy.runtime.onnx_engine import OnnxEngine
+
+    return OnnxEngine(device=device, threads=threads, compiled=name == "onnx-trt")
+
+
+def engine_version(name: str) -> str:
+    """Return the version of an installed engine's package, without importing it; "" where it tells none."""
+    for distribution in DISTRIBUTIONS[PACKAGES[name]]:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 def check_precision(engine: str, precision: str) -> None:
-    """Refuse every precision but fp32: none of the others has a certificate.
+    """Refuse a precision that there is not, or that an engine cannot be told to compute in.
+
+    Whether a precision may be used for an entry is another question: `certified.choose_networks` answers it.
 
     Raises:
-        UsageError: there is no such precision. EngineError: `no-certificate`.
+        UsageError: `usage`.
     """
-    if precision not in PRECISIONS:
-        raise UsageError("usage", f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
-    if precision != "fp32":
-        raise EngineError(
-            "no-certificate", f"expected a certificate for {engine} at {precision}, found none: use --precision fp32"
+    known = COMPUTES.get(engine, ("fp32",))
+    if precision not in known:
+        raise UsageError(
+            "usage",
+            f"expected a precision of {', '.join(known)} for {engine}, found {precision!r}: choose one of these",
         )
+
+
+MEMORY_WORDS: Final = ("bad_alloc", "MemoryError", "out of memory", "OutOfMemory", "allocate memory", "Cannot allocate")
+"""By these words the engines' messages tell that memory was short; none of them has a type for it."""
+
+
+def engine_error(expected: str, found: str) -> EngineError:
+    """Return the error for what an engine's own exception says: `engine-memory` or `engine-failed`."""
+    if any(word.lower() in found.lower() for word in MEMORY_WORDS):
+        return EngineError(
+            "engine-memory",
+            f"expected {expected}, found too little memory: give it more, or use --max-ram ({found})",
+        )
+    return EngineError("engine-failed", f"expected {expected}, found: {found}")
 
 
 def check_ends(inputs: int, outputs: int) -> None:

@@ -1,53 +1,70 @@
-"""Run a network with ONNX Runtime: on any CPU, or on CUDA where onnxruntime-gpu is installed."""
+"""Run a network with ONNX Runtime: on any CPU; on a GPU by its CUDA provider, or by its TensorRT provider.
+
+A provider that cannot start is replaced by the CPU without a word; here that is an error.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import onnxruntime
 
 from dints_deploy.errors import EngineError
-from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision
+from dints_deploy.files import make_private_folder, state_folder
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision, engine_error
+
+CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+TENSORRT: Final = "TensorrtExecutionProvider"
 
 
 class OnnxEngine:
-    """ONNX Runtime; the session computes in the types that the ONNX file names (fp32)."""
+    """ONNX Runtime; the session computes in the types that the ONNX file names."""
 
-    name = "onnx"
-
-    def __init__(self, *, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(self, *, device: str = "cpu", threads: int = 0, compiled: bool = False) -> None:
+        self.name = "onnx-trt" if compiled else "onnx"
         self.device = device
         self.threads = threads
+        self.provider = CPU if device == "cpu" else TENSORRT if compiled else CUDA
 
     def open(
         self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
     ) -> OnnxSession:
-        """Load a network; raise `EngineError` when ONNX Runtime cannot, or the precision has no certificate."""
+        """Load a network; raise `EngineError` when ONNX Runtime cannot, or not on this device."""
         check_precision(self.name, precision)
+        if self.provider not in onnxruntime.get_available_providers():
+            raise EngineError(
+                "engine-missing",
+                f"expected ONNX Runtime with {self.provider} for {self.device}: pip install 'dints-deploy[gpu]'",
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 4  # errors come as exceptions
-        providers = self._providers()
         try:
-            session = onnxruntime.InferenceSession(network, options, providers=providers)
+            session = onnxruntime.InferenceSession(network, options, providers=self._providers())
         except Exception as error:  # ONNX Runtime's own exceptions are not public
+            raise engine_error("ONNX Runtime to load the network", _line(error)) from error
+        if session.get_providers()[0] != self.provider:
             raise EngineError(
-                "engine-failed", f"expected ONNX Runtime to load the network, found: {_line(error)}"
-            ) from error
+                "engine-missing",
+                f"expected {self.provider} on {self.device}, found it not to start: see dints-deploy doctor",
+            )
         check_ends(len(session.get_inputs()), len(session.get_outputs()))
-        info = SessionInfo(self.name, onnxruntime.__version__, self.device, precision, why)
-        return OnnxSession(session, info)
+        return OnnxSession(session, SessionInfo(self.name, onnxruntime.__version__, self.device, precision, why))
 
     def _providers(self) -> list[Any]:
-        if self.device == "cpu":
-            return ["CPUExecutionProvider"]
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise EngineError(
-                "engine-missing", f"expected ONNX Runtime with CUDA for {self.device}: pip install 'dints-deploy[gpu]'"
-            )
-        options = {"device_id": int(self.device.removeprefix("cuda:")), "use_tf32": 0}
-        return [("CUDAExecutionProvider", options)]
+        """Return the providers in order: what the first cannot run goes to the next."""
+        if self.provider == CPU:
+            return [CPU]
+        number = int(self.device.removeprefix("cuda:"))
+        cuda = (CUDA, {"device_id": number, "use_tf32": 0})
+        if self.provider == CUDA:
+            return [cuda, CPU]
+        make_private_folder(state_folder())
+        plans = make_private_folder(make_private_folder(state_folder() / "engines") / "onnx-trt")
+        settings = {"device_id": number, "trt_engine_cache_enable": True, "trt_engine_cache_path": str(plans)}
+        return [(TENSORRT, settings), cuda, CPU]
 
 
 class OnnxSession:
@@ -63,9 +80,7 @@ class OnnxSession:
         try:
             return self._session.run(None, {self._input: batch})[0]
         except Exception as error:  # ONNX Runtime's own exceptions are not public
-            raise EngineError(
-                "engine-failed", f"expected ONNX Runtime to run the network, found: {_line(error)}"
-            ) from error
+            raise engine_error("ONNX Runtime to run the network", _line(error)) from error
 
     def result(self, handle: Handle) -> Batch:
         """Return the logits of a submitted batch."""
@@ -78,5 +93,5 @@ class OnnxSession:
 
 
 def _line(error: Exception) -> str:
-    """Return ONNX Runtime's message in one line."""
-    return " ".join(str(error).split())
+    """Return ONNX Runtime's message in one line, or the error's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

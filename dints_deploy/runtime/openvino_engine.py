@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from dints_deploy.errors import EngineError
-from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision, engine_error
 
 # `import openvino` loads its model converter, which sends a usage event over the network. Nothing leaves this machine:
 # the converter is not needed, so it is not found. The import is a third quicker as well.
 sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
 
-REQUESTS = 2
+HINTS: Final = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
+"""Precision -> OpenVINO's inference precision for whatever the file does not quantise."""
+
+REQUESTS: Final = 2
 """Batches under way at a time: one computes while the next one's input is copied."""
 
 
@@ -30,10 +33,11 @@ class OpenVinoEngine:
     def open(
         self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
     ) -> OpenVinoSession:
-        """Compile a network for one window size; raise `EngineError` when OpenVINO cannot, or without certificate."""
+        """Compile a network for one window size; raise `EngineError` when OpenVINO cannot, or not in this precision."""
         check_precision(self.name, precision)
+        hint = HINTS[precision]
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -45,13 +49,14 @@ class OpenVinoEngine:
             channels = model.input(0).partial_shape[1]
             model.reshape([batch, channels, *window])
             compiled = core.compile_model(model, "CPU", settings)
-        except (RuntimeError, TypeError) as error:
-            raise EngineError(
-                "engine-failed", f"expected OpenVINO to load the network, found: {_first(error)}"
-            ) from error
+        except (RuntimeError, TypeError, MemoryError) as error:
+            raise engine_error("OpenVINO to load the network", _first(error)) from error
         told = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-        if told != "f32":
-            raise EngineError("engine-failed", f"expected OpenVINO to compute in f32, found {told}")
+        if told != hint:
+            raise EngineError(
+                "engine-failed",
+                f"expected OpenVINO to compute in {hint} here, found {told}: use another --precision",
+            )
         return OpenVinoSession(
             compiled, SessionInfo(self.name, openvino.__version__.split("-")[0], "cpu", precision, why)
         )
@@ -82,20 +87,16 @@ class OpenVinoSession:
         self._next = (self._next + 1) % REQUESTS
         try:
             request.start_async([batch], share_inputs=False)
-        except RuntimeError as error:
-            raise EngineError(
-                "engine-failed", f"expected OpenVINO to run the network, found: {_first(error)}"
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            raise engine_error("OpenVINO to run the network", _first(error)) from error
         return request
 
     def result(self, handle: Handle) -> Batch:
         """Wait for a batch and return a copy of its logits."""
         try:
             handle.wait()
-        except RuntimeError as error:
-            raise EngineError(
-                "engine-failed", f"expected OpenVINO to run the network, found: {_first(error)}"
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            raise engine_error("OpenVINO to run the network", _first(error)) from error
         logits: Batch = handle.get_output_tensor(0).data.copy()
         return logits
 
@@ -107,4 +108,5 @@ class OpenVinoSession:
 def _first(error: Exception) -> str:
     """Return the first telling line of an OpenVINO message, which quotes source files around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith(("Exception from", "Check '"))), "no message")
+    told = (line for line in lines if not line.startswith(("Exception from", "Check '")))
+    return next(told, type(error).__name__)

@@ -17,7 +17,7 @@ from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.catalog.strict import Strict, read_json
 from dints_deploy.errors import EntryError
-from dints_deploy.runtime.engine import Batch, Session, SessionInfo
+from dints_deploy.runtime.engine import COMPILED, Batch, Session, SessionInfo
 from dints_deploy.runtime.metrics import dice
 from dints_deploy.runtime.restore import decision
 
@@ -125,8 +125,37 @@ def _labels(logits: Batch, spec: Entry) -> NDArray[Any]:
 
 def within(comparison: Comparison, spec: Entry) -> bool:
     """Say whether a comparison keeps the entry's limits; NaN does not."""
-    agreement = min(comparison.label_agreement, comparison.hostile_label_agreement)
-    return comparison.max_abs_logit <= spec.parity.max_abs_logit and agreement >= spec.parity.min_label_agreement
+    return not exceeded(comparison, spec)
+
+
+def exceeded(comparison: Comparison, spec: Entry) -> list[str]:
+    """Return what a comparison misses of the entry's limits, one phrase each; NaN misses every limit."""
+    limits = limits_of(comparison.precision, spec)
+    worst = min((score for score in comparison.dice.values() if score is not None), default=1.0)
+    measured = {
+        "max_abs_logit": comparison.max_abs_logit,
+        "min_label_agreement": comparison.label_agreement,
+        "min_dice": worst,
+        "min_hostile_label_agreement": comparison.hostile_label_agreement,
+    }
+    return [
+        f"{name} of {limits[name]:g}, found {value:.6g}"
+        for name, value in measured.items()
+        if name in limits and not (value <= limits[name] if name.startswith("max_") else value >= limits[name])
+    ]
+
+
+def limits_of(precision: str, spec: Entry) -> dict[str, float]:
+    """Return the limits that hold for a precision, by name: of logits and labels for fp32, of labels for the others."""
+    limits = spec.parity
+    if precision == "fp32":
+        agreement = limits.min_label_agreement
+        return {
+            "max_abs_logit": limits.max_abs_logit,
+            "min_label_agreement": agreement,
+            "min_hostile_label_agreement": agreement,
+        }
+    return limits.reduced.model_dump()
 
 
 def parity_status(entry: LoadedEntry, info: SessionInfo) -> str:
@@ -135,6 +164,8 @@ def parity_status(entry: LoadedEntry, info: SessionInfo) -> str:
     Raises:
         EntryError: `entry-invalid` when the certificate cannot be read.
     """
+    if info.precision != "fp32" or info.engine in COMPILED:
+        return "certified on this machine"  # nothing else runs: see `certified`
     if PARITY_FILE not in entry.digests:
         return "no certificate in the entry"
     certificate = read_json(entry.folder / PARITY_FILE, Certificate, EntryError, "entry-invalid")

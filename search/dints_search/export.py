@@ -19,6 +19,7 @@ from dints_deploy.catalog.weights import check_onnx
 from dints_deploy.errors import DatasetError
 from dints_deploy.files import write_bytes, write_text
 from dints_deploy.runtime.engine import Batch, choose_engine
+from dints_deploy.runtime.export import Proof
 from dints_deploy.runtime.parity import Certificate, Comparison, compare, hostile_windows, run_windows, within
 from dints_deploy.runtime.preprocess import prepare
 from dints_deploy.runtime.window import window_starts
@@ -141,3 +142,16 @@ def export_run(run: Path, dataset: Dataset, folder: Path) -> list[Path]:
     write_bytes(folder / "model.onnx", exported.onnx)
     write_text(folder / "parity.json", certificate([exported]))
     return [folder / "model.onnx", folder / "parity.json"]
+
+
+def run_proof(run: Path, dataset: Dataset) -> tuple[Entry, Proof]:
+    """Return what a finished run would publish, and its network with what other forms of it are proven with.
+
+    Raises:
+        DatasetError: `parity-failed` when the fp32 network itself is not what torch computes.
+    """
+    config, network = trained_network(run)
+    cases = tuple(case for case in dataset.cases if case.id in config.cases)
+    spec = entry_of([config], "run")
+    exported = export_network(network, spec, cases)
+    return spec, Proof("model.onnx", exported.onnx, exported.windows, exported.logits)

@@ -18,7 +18,7 @@ from torch import nn
 
 from dints_deploy.catalog.catalog import load_entry
 from dints_deploy.errors import EngineError, UsageError
-from dints_deploy.runtime.engine import Engine, Session, check_output, choose_engine
+from dints_deploy.runtime.engine import COMPUTES, PRECISIONS, Engine, Session, check_output, choose_engine
 from dints_deploy.runtime.onnx_engine import OnnxEngine
 from dints_deploy.runtime.openvino_engine import OpenVinoEngine
 from dints_deploy.runtime.segment import segment
@@ -138,15 +138,23 @@ def test_fp32_keeps_digits_that_bfloat16_loses(name: str) -> None:
     np.testing.assert_allclose(session.result(session.submit(batch)), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_precision_without_certificate_is_refused(name: str, precision: str) -> None:
-    with pytest.raises(EngineError) as caught:
-        ENGINES[name]().open(random_network(0).onnx(), window=WINDOW, batch=1, precision=precision, why="")
-    assert caught.value.code == "no-certificate"
+def test_a_precision_that_an_engine_does_not_have_is_a_wrong_call(name: str) -> None:
+    for precision in {*PRECISIONS, "fp33"} - {*COMPUTES.get(name, ("fp32",))}:
+        with pytest.raises(UsageError) as caught:
+            ENGINES[name]().open(random_network(0).onnx(), window=WINDOW, batch=1, precision=precision, why="")
+        assert caught.value.code == "usage"
+        assert precision in caught.value.message
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("engine", ["auto", "openvino", "onnx"])
+def test_a_precision_without_certificate_is_refused(engine: str, precision: str, tmp_path: Path) -> None:
+    write_entry(tmp_path / "tiny", entry_fields(), [random_network(0).onnx()])
+    with pytest.raises((EngineError, UsageError)) as caught:
+        segment(random_scan(), load_entry(tmp_path / "tiny"), engine=engine, precision=precision, threads=1)
+    assert caught.value.code == ("usage" if (engine, precision) == ("onnx", "bf16") else "no-certificate")
     assert precision in caught.value.message
-    with pytest.raises(UsageError):
-        ENGINES[name]().open(random_network(0).onnx(), window=WINDOW, batch=1, precision="fp33", why="")
 
 
 def without_input() -> bytes:
@@ -245,7 +253,7 @@ def test_one_value_that_is_not_finite_is_enough_to_refuse(bad: float) -> None:
 def test_an_unknown_engine_or_device_is_a_wrong_call() -> None:
     wrong: list[dict[str, Any]] = [{"name": "tensorflow"}, {"name": "auto", "device": "gpu"}]
     wrong += [{"name": "onnx", "device": device} for device in ("cuda:", "cuda:x", "cuda:-1", "cuda:0x", "CPU", "")]
-    wrong += [{"name": "openvino", "device": "cuda:0"}]
+    wrong += [{"name": "openvino", "device": "cuda:0"}, {"name": "tensorrt"}, {"name": "onnx-trt", "device": "cpu"}]
     for call in wrong:
         with pytest.raises(UsageError) as caught:
             choose_engine(call.pop("name"), windows=1, **call)

@@ -1,0 +1,152 @@
+"""Which engine runs an entry's networks, and in which form: nothing but fp32 runs without a certificate.
+
+fp32 on an engine that is no compiler needs none beyond the entry's own. Everything else runs only with a local
+certificate for exactly these weights, this engine's version and this device (see `certificate`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Final
+
+from dints_deploy.catalog.catalog import LoadedEntry, runnable
+from dints_deploy.catalog.entry import Member
+from dints_deploy.errors import EngineError, UsageError
+from dints_deploy.runtime.engine import (
+    COMPILED,
+    COMPUTES,
+    PRECISIONS,
+    Engine,
+    available_threads,
+    build_engine,
+    check_precision,
+    choose_engine,
+    engine_version,
+    installed,
+)
+
+if TYPE_CHECKING:  # a run in fp32 does not pay for reading certificates
+    from dints_deploy.runtime.certificate import LocalCertificate, Target
+
+Choice = tuple[Engine, list[bytes], str]
+"""An engine, the network of each member in the form it takes, and why it was chosen."""
+
+EXPORT_FLAGS: Final = {"onnx": "--onnx", "openvino": "--openvino", "tensorrt": "--trt", "onnx-trt": "--onnx-trt"}
+
+
+def choose_networks(
+    entry: LoadedEntry,
+    *,
+    windows: int,
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Choice:
+    """Return the engine to run an entry with, and its networks; arguments as for `segment`.
+
+    Raises:
+        UsageError: there is no such engine, precision or device, or not together.
+        EngineError: `engine-missing`; `no-certificate`, with the command that makes one; `certificate-invalid`,
+            `certificate-stale`, `artefact-damaged` or `state-permissions`.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError("usage", f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
+    chosen, why = choose_engine(engine, windows=windows, device=device, threads=threads)
+    if precision == "fp32" and engine not in COMPILED:
+        if engine == "auto" and device != "cpu" and (plan := _plan_if_any(entry, device, threads)):
+            return plan
+        return chosen, [entry.member_bytes(member) for member in runnable(entry).spec.members], why
+    names = [engine] if engine != "auto" else _able(precision, device)
+    return _fastest(entry, names, precision, device, threads or available_threads(), asked=engine != "auto")
+
+
+def _able(precision: str, device: str) -> list[str]:
+    """Return the installed engines that compute in a precision on a device.
+
+    Raises:
+        UsageError: `usage` when there is none.
+    """
+    names = ["openvino", "onnx"] if device == "cpu" else ["tensorrt", "onnx-trt", "onnx"]
+    able = [name for name in names if installed(name) and precision in COMPUTES[name]]
+    if not able:
+        raise UsageError("usage", f"expected an installed engine that computes in {precision} on {device}, found none")
+    return able
+
+
+def _plan_if_any(entry: LoadedEntry, device: str, threads: int | None) -> Choice | None:
+    """Return the compiled fp32 plan of a GPU where there is a valid one."""
+    try:
+        names = [name for name in _able("fp32", device) if name in COMPILED]
+        return _fastest(entry, names, "fp32", device, threads or available_threads(), asked=False) if names else None
+    except EngineError:
+        return None
+
+
+def _fastest(entry: LoadedEntry, names: list[str], precision: str, device: str, threads: int, *, asked: bool) -> Choice:
+    """Return the fastest of the engines that have valid certificates for all members.
+
+    Raises:
+        EngineError: no engine has; the reason is that of the first one whose certificate is there but not valid.
+    """
+    from dints_deploy.runtime.certificate import Target, read_artefact
+
+    found: dict[str, list[LocalCertificate]] = {}
+    refusals: list[EngineError] = []
+    members = runnable(entry).spec.members
+    for name in names:
+        check_precision(name, precision)
+        target = Target(engine=name, precision=precision, device=device)
+        try:
+            found[name] = [find_certificate(entry, member, target) for member in members]
+        except EngineError as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise next((r for r in refusals if r.code != "no-certificate"), refusals[0])
+    name = min(found, key=lambda name: sum(c.seconds_per_window for c in found[name]))
+    seconds = sum(certificate.seconds_per_window for certificate in found[name])
+    why = "asked for" if asked else f"fastest of {len(found)} certified on this machine"
+    networks = [
+        entry.member_bytes(member) if (data := read_artefact(certificate)) is None else data
+        for member, certificate in zip(members, found[name], strict=True)
+    ]
+    return build_engine(name, device, threads), networks, f"{why}, {seconds:.3g} s a window at export"
+
+
+def find_certificate(entry: LoadedEntry, member: Member, target: Target) -> LocalCertificate:
+    """Return the valid certificate of a member's weights on a target.
+
+    Raises:
+        EngineError: `no-certificate`, `certificate-invalid`, `certificate-stale` or `state-permissions`.
+    """
+    from dints_deploy.runtime.certificate import certificate_path, read_certificate
+    from dints_deploy.runtime.machine import describe_device
+    from dints_deploy.runtime.parity import exceeded
+
+    digest = entry.digests[member.onnx]
+    again = export_command(entry.spec.name, target)
+    path = certificate_path(digest, target)
+    if not path.is_file():
+        raise EngineError("no-certificate", f"expected a certificate for {target}, found none: {again}")
+    certificate = read_certificate(path)
+    if (certificate.comparison.onnx_sha256, certificate.target) != (digest, target):
+        raise EngineError("certificate-invalid", f"expected {path.name} for its weights, found it for others: {again}")
+    expected = (engine_version(target.engine), describe_device(target.device))
+    named = (certificate.comparison.version, certificate.machine)
+    for what, ours, theirs in zip((f"{target.engine} version", "device"), expected, named, strict=True):
+        if ours != theirs:
+            raise EngineError(
+                "certificate-stale", f"expected a certificate for the {what} {ours!r}, found {theirs!r}: {again}"
+            )
+    if misses := exceeded(certificate.comparison, entry.spec):
+        raise EngineError("certificate-stale", f"expected a certificate with {'; '.join(misses)}: {again}")
+    return certificate
+
+
+def export_command(entry: str, target: Target) -> str:
+    """Return the command that makes a certificate, as a user types it."""
+    device = "" if target.device in ("cpu", "cuda:0") and target.engine in ("openvino", *COMPILED) else target.device
+    words = ["dints-deploy", "export", entry, EXPORT_FLAGS[target.engine], "--precision", target.precision]
+    if device not in ("", "cpu"):
+        words += ["--device", device]
+    return shlex.join(words)

@@ -1,0 +1,255 @@
+"""Export a network for one engine, precision and device of this machine, and prove it before it is installed.
+
+    proofs -> form (fp16, int8, plan) -> measure -> limits -> install
+
+The reference on real windows is the entry's own: torch's fp32 logits in `parity_inputs.npz`. On hostile windows, and
+for the time of a window, it is an fp32 engine of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dints_deploy.catalog.catalog import LoadedEntry, runnable
+from dints_deploy.catalog.dataset import Case
+from dints_deploy.catalog.entry import Entry
+from dints_deploy.errors import EngineError, EntryError, UsageError
+from dints_deploy.runtime.certificate import LocalCertificate, Target, install
+from dints_deploy.runtime.engine import (
+    Batch,
+    Session,
+    available_threads,
+    build_engine,
+    check_precision,
+    choose_engine,
+)
+from dints_deploy.runtime.evaluate import evaluate
+from dints_deploy.runtime.machine import describe_device
+from dints_deploy.runtime.parity import compare, exceeded, hostile_windows, limits_of, run_windows
+from dints_deploy.runtime.report import software_version
+
+INPUTS_FILE: Final = "parity_inputs.npz"
+TIMED_ROUNDS: Final = 5
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """An fp32 network and what a form of it is proven with.
+
+    Attributes:
+        member: its file's name.
+        onnx: the file.
+        windows: real windows (N, C, I, J, K).
+        logits: the reference's logits on them (N, classes, I, J, K).
+    """
+
+    member: str
+    onnx: bytes
+    windows: Batch
+    logits: Batch
+
+    @property
+    def sha256(self) -> str:
+        """Return the digest of the fp32 network."""
+        return hashlib.sha256(self.onnx).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A form of a network that kept its limits, not installed yet."""
+
+    certificate: LocalCertificate
+    artefact: bytes | None
+
+
+def proofs_of(entry: LoadedEntry) -> list[Proof]:
+    """Return the networks of an entry with its own parity windows.
+
+    Raises:
+        EntryError: `entry-missing-file` when it has none, `entry-invalid` when they are not those of its networks.
+    """
+    spec = runnable(entry).spec
+    if INPUTS_FILE not in entry.digests:
+        raise EntryError(
+            "entry-missing-file", f"expected {INPUTS_FILE} in {spec.name} to measure parity on, found none: publish it"
+        )
+    try:
+        with np.load(entry.folder / INPUTS_FILE, allow_pickle=False) as stored:
+            windows = stored["windows"].astype(np.float32)
+            logits = [stored[f"logits{n}"].astype(np.float32) for n in range(len(spec.members))]
+    except (OSError, ValueError, KeyError) as fault:
+        raise EntryError("entry-invalid", f"expected windows and logits in {INPUTS_FILE}, found: {fault}") from fault
+    shape, wanted = windows.shape[1:], (len(spec.channels), *spec.window)
+    if shape != wanted or any(values.shape != (len(windows), spec.outputs, *spec.window) for values in logits):
+        raise EntryError("entry-invalid", f"expected windows {wanted} in {INPUTS_FILE}, found {shape}")
+    return [
+        Proof(member.onnx, entry.member_bytes(member), windows, values)
+        for member, values in zip(spec.members, logits, strict=True)
+    ]
+
+
+def export(
+    spec: Entry,
+    proofs: Sequence[Proof],
+    target: Target,
+    *,
+    cases: Sequence[Case] = (),
+    threads: int | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> list[Made]:
+    """Make a form of every network of an entry and measure it; nothing is written.
+
+    Args:
+        spec: the entry.
+        proofs: one per member.
+        target: engine, precision and device.
+        cases: labelled cases that the entry was not trained on, for the change of Dice.
+        threads: CPU threads, None for all.
+        progress: called now and then.
+
+    Raises:
+        UsageError: the engine has no such precision or device. EngineError: `parity-failed` with the figures, or what
+            the engine says.
+    """
+    check_precision(target.engine, target.precision)
+    engine, _ = choose_engine(target.engine, windows=1, device=target.device, threads=threads)
+    plain = build_engine("openvino" if target.engine == "openvino" else "onnx", "cpu", threads or available_threads())
+    artefacts, sessions, references, drafts = [], [], [], []
+    for n, proof in enumerate(proofs):
+        progress("make", n, len(proofs))
+        artefact = make_form(proof, spec, target, progress)
+        session = engine.open(
+            artefact or proof.onnx, window=spec.window, batch=1, precision=target.precision, why="export"
+        )
+        reference = plain.open(proof.onnx, window=spec.window, batch=1, precision="fp32", why="reference")
+        progress("measure", n, len(proofs))
+        drafts.append(measure(proof, spec, target, session, reference))
+        artefacts.append(artefact)
+        sessions.append(session)
+        references.append(reference)
+    change = dice_change(spec, cases, sessions, references, target, progress) if cases else None
+    made = []
+    for draft, artefact in zip(drafts, artefacts, strict=True):
+        digest = None if artefact is None else hashlib.sha256(artefact).hexdigest()
+        fields = {"artefact_sha256": digest, "dice_change": change, "cases": len(cases)}
+        made.append(Made(draft.model_copy(update=fields), artefact))
+    return made
+
+
+def make_form(proof: Proof, spec: Entry, target: Target, progress: Progress) -> bytes | None:
+    """Return what the engine is to run: a typed or quantised ONNX, or a plan; None for the fp32 ONNX as it is.
+
+    Raises:
+        UsageError: `extra-missing`. EngineError: it cannot be made.
+    """
+    typed = proof.onnx
+    try:
+        if target.precision == "fp16" and target.engine != "openvino":
+            from dints_deploy.runtime.half import to_fp16
+
+            typed = to_fp16(proof.onnx)
+        elif target.precision == "int8":
+            from dints_deploy.runtime.quantise import to_int8
+
+            typed = to_int8(proof.onnx, proof.windows)
+    except ImportError as error:
+        raise UsageError(
+            "extra-missing", f"`export --precision {target.precision}` needs the package {error.name}: "
+            "pip install 'dints-deploy[export]'"
+        ) from error  # fmt: skip
+    if target.engine == "tensorrt":
+        from dints_deploy.runtime.tensorrt_build import build_plan
+
+        return build_plan(typed, spec.window, device=target.device, progress=progress)
+    return None if typed is proof.onnx else typed
+
+
+def measure(proof: Proof, spec: Entry, target: Target, session: Session, reference: Session) -> LocalCertificate:
+    """Compare a session with the reference and time both.
+
+    Raises:
+        EngineError: `parity-failed`.
+    """
+    hostile = hostile_windows(proof.windows.shape[1:])
+    harsh = run_windows(reference, hostile)
+    comparison = compare(session, spec, proof.sha256, real=(proof.windows, proof.logits), hostile=(hostile, harsh))
+    if misses := exceeded(comparison, spec):
+        raise EngineError(
+            "parity-failed",
+            f"expected of {spec.name}/{proof.member}, {target}: {'; '.join(misses)}: not installed",
+        )
+    seconds = _seconds_per_window([session, reference], proof.windows[:1])
+    beside = f"{reference.info.engine} {reference.info.version} fp32 on {reference.info.device}"
+    return LocalCertificate(
+        schema_version=1,
+        entry=spec.name,
+        member=proof.member,
+        comparison=comparison,
+        reference=f"the entry's logits; on hostile windows, and for the time, {beside}",
+        kept=limits_of(target.precision, spec),
+        machine=describe_device(target.device),
+        artefact_sha256=None,
+        dice_change=None,
+        cases=0,
+        seconds_per_window=seconds[0],
+        fp32_seconds_per_window=seconds[1],
+        software=software_version(),
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _seconds_per_window(sessions: Sequence[Session], window: Batch) -> list[float]:
+    """Return the shortest time of a window for each session; they take turns."""
+    best = [float("inf")] * len(sessions)
+    for _ in range(TIMED_ROUNDS):
+        for n, session in enumerate(sessions):
+            begin = time.perf_counter()
+            session.result(session.submit(window))
+            best[n] = min(best[n], time.perf_counter() - begin)
+    return best
+
+
+def dice_change(
+    spec: Entry,
+    cases: Sequence[Case],
+    sessions: Sequence[Session],
+    references: Sequence[Session],
+    target: Target,
+    progress: Progress,
+) -> dict[str, float | None]:
+    """Return by how much each label's mean Dice against the readers' labels changes from fp32 to this form.
+
+    Raises:
+        EngineError: `parity-failed` when it drops by more than the entry's limit.
+    """
+    total = 2 * len(cases)
+    before = evaluate(cases, spec, references, progress=lambda done, _: progress("score fp32", done, total))
+    after = evaluate(cases, spec, sessions, progress=lambda done, _: progress("score", len(cases) + done, total))
+    changes: dict[str, float | None] = {}
+    for label in spec.labels:
+        old, new = before.summary.dice[label.value], after.summary.dice[label.value]
+        changes[label.id] = None if old is None or new is None else new - old
+    worst = min((change for change in changes.values() if change is not None), default=0.0)
+    limit = spec.parity.reduced.max_dice_drop
+    if not -worst <= limit:
+        raise EngineError(
+            "parity-failed",
+            f"expected {target} of {spec.name} to lose at most {limit:g} Dice, found {-worst:.4f}: not installed",
+        )
+    return changes
+
+
+def install_all(made: Sequence[Made]) -> list[Path]:
+    """Install every form and return the certificates' paths; raises as `install`."""
+    return [install(item.certificate, item.artefact) for item in made]
