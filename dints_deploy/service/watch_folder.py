@@ -148,8 +148,8 @@ class FolderWatch:
                 LOGGER.debug("passed over a file", extra={"action": "passed_over", "code": refusal.code})
             return False
         self._pending.pop(one.relative, None)
-        self._seen.remember(one.relative, one.look, digest)
         self._after(one, digest)
+        self._seen.remember(one.relative, one.look, digest)
         return True
 
     def _take(self, one: Candidate) -> str:
