@@ -29,6 +29,7 @@ REASONS: Final[dict[str, str]] = {
     "entry-has-no-weights": "the entry is a recipe: it has a genotype but no trained network",
     # the daemon: configuration
     "config-invalid": "the configuration does not follow its schema, or names a file that is not there",
+    "config-exists": "there is a configuration already where one was to be written",
     "config-rights": "others could change the configuration, or read a key or token",
     # the daemon: intake
     "intake-disk": "the data folder has less room than the configuration keeps free, or holds more than its quota",

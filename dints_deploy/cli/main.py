@@ -11,6 +11,7 @@ from dints_deploy.cli.data import data_app
 from dints_deploy.cli.dicom import dicom_app
 from dints_deploy.cli.evaluate import evaluate_command
 from dints_deploy.cli.export import export_command
+from dints_deploy.cli.init import init_command
 from dints_deploy.cli.publish import publish_command
 from dints_deploy.cli.retrain import retrain_command
 from dints_deploy.cli.route import route_app
@@ -32,6 +33,7 @@ app.command("retrain")(retrain_command)
 app.command("crossval")(crossval_command)
 app.command("publish")(publish_command)
 app.command("export")(export_command)
+app.command("init")(init_command)
 app.add_typer(search_app, name="search")
 app.add_typer(data_app, name="data")
 app.add_typer(dicom_app, name="dicom")
