@@ -1,0 +1,250 @@
+"""One arm of the comparison of search with chance: a network found or drawn, retrained, measured, and recorded."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from benchmarks.machine import description
+from dints_deploy.catalog.dataset import Dataset
+from dints_deploy.catalog.strict import Strict, read_json
+from dints_deploy.errors import DatasetError
+from dints_deploy.files import make_folder, write_text
+from dints_search.choice import Choice, deployed_setting
+from dints_search.conclude import conclude
+from dints_search.cost import CostTable, work_table
+from dints_search.evaluate import evaluate_run
+from dints_search.gap import (
+    GAP_FILE,
+    GapTable,
+    all_decoded,
+    measure_gap,
+    measure_retrained,
+    read_gap,
+    within_work,
+    write_gap,
+)
+from dints_search.genotype import Genotype, read_genotype
+from dints_search.matched import sample_within
+from dints_search.metrics import read_metrics
+from dints_search.profile import Counts, count
+from dints_search.recipe import Recipe
+from dints_search.retrain import retrain
+from dints_search.run import commit
+from dints_search.search import Found, search
+from dints_search.search_run import Parts, split_training, with_search
+from dints_search.space import SearchSpace
+
+TOLERANCE: Final = 0.05
+"""Share of the target's multiply-adds by which a random network's may differ."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all arms of one experiment share.
+
+    Attributes:
+        recipe: with the experiment's search and retraining settings.
+        out: where the run folders go. records: where the results are written.
+        target: name of the searched arm whose work the random networks match.
+    """
+
+    recipe: Recipe
+    dataset: Dataset
+    fold: int
+    out: Path
+    records: Path
+    device: str
+    target: str
+
+    @property
+    def space(self) -> SearchSpace:
+        """Return the space of all arms."""
+        return SearchSpace(self.recipe.search.num_blocks, self.recipe.search.num_depths)
+
+    @property
+    def work(self) -> CostTable:
+        """Return the multiply-adds of the pieces of the networks that are retrained."""
+        return work_table(deployed_setting(self.recipe, self.space))
+
+    def parts(self, seed: int) -> Parts:
+        """Return the split of the fold's training part."""
+        training, _ = self.dataset.fold(self.fold)
+        return split_training(training, seed=seed, held_out=self.recipe.search.held_out)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One network to measure: a search's at a sigma, or a random one with a number."""
+
+    kind: Literal["searched", "random"]
+    figure: float
+    seed: int
+
+    @property
+    def group(self) -> str:
+        """Return the arm's name without its seed."""
+        return f"sigma-{self.figure:g}" if self.kind == "searched" else f"random-{self.figure:g}"
+
+    @property
+    def name(self) -> str:
+        """Return the arm's name."""
+        return f"{self.group}-seed-{self.seed}"
+
+
+class Record(Strict):
+    """What an arm found, as it is kept in docs/results.
+
+    Attributes:
+        settings: of the recipe, search and retraining, that decide the result.
+        cost: parameters, gmac, saved_mib and their published forms.
+        draws: random networks looked at until one had the wanted cost.
+        scores: of `Evaluation.as_dict`: summary, and Dice and NSD per case.
+        gap: of a searched arm.
+    """
+
+    schema_version: Literal[1]
+    arm: str
+    kind: Literal["searched", "random"]
+    figure: float
+    seed: int
+    task: str
+    fold: int
+    commit: str
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    genotype: dict[str, Any]
+    cost: dict[str, float]
+    draws: int | None
+    search_s: float | None
+    retrain_s: float
+    scores: dict[str, Any]
+    gap: GapTable | None
+
+
+def run_arm(plan: Plan, arm: Arm) -> Record:
+    """Bring an arm to its end, from wherever an earlier run left it, and record it."""
+    folder = plan.out / arm.name
+    genotype, draws = (_searched(plan, arm, folder), None) if arm.kind == "searched" else _drawn(plan, arm, folder)
+    run = folder / "retrained"
+    held_out = [case.id for case in plan.parts(arm.seed).held_out]
+    if not (run / "weights.safetensors").exists():
+        options: dict[str, Any] = {"fold": plan.fold, "seed": arm.seed, "device": plan.device, "without": held_out}
+        resume = (run / "config.toml").exists()
+        retrain(plan.recipe, genotype, plan.dataset, run, resume=resume, report=_say("retrain", 100), **options)
+    _, evaluation = evaluate_run(run, plan.dataset, plan.fold, progress=lambda done, total: None)
+    gap = None
+    if arm.kind == "searched":
+        gap = measure_retrained(read_gap(folder), "dints", run, plan.dataset, device=plan.device)
+        write_gap(folder, gap)
+    record = Record(
+        schema_version=1,
+        arm=arm.name,
+        kind=arm.kind,
+        figure=arm.figure,
+        seed=arm.seed,
+        task=plan.recipe.task,
+        fold=plan.fold,
+        commit=commit(),
+        machine=description() | {"threads": _threads(), "device": plan.device},
+        settings=settings_of(plan, arm),
+        genotype=json.loads(genotype.to_json()),
+        cost=_cost(count(genotype, deployed_setting(plan.recipe, plan.space))),
+        draws=draws,
+        search_s=_search_seconds(folder) if arm.kind == "searched" else None,
+        retrain_s=_retrain_seconds(run),
+        scores=evaluation.as_dict(),
+        gap=gap,
+    )
+    write_text(make_folder(plan.records) / record_path(plan, arm).name, record.model_dump_json(indent=1) + "\n")
+    return record
+
+
+def record_path(plan: Plan, arm: Arm) -> Path:
+    """Return where an arm's record lies."""
+    return plan.records / f"{arm.name}.json"
+
+
+def read_record(path: Path) -> Record:
+    """Read a record; raise `DatasetError` (`recipe-invalid`) when it is none."""
+    return read_json(path, Record, DatasetError, "recipe-invalid")
+
+
+def settings_of(plan: Plan, arm: Arm) -> dict[str, Any]:
+    """Return what decides an arm's result, beside the code."""
+    recipe = _recipe(plan, arm)
+    retraining = recipe.retraining.model_dump(mode="json")
+    return {
+        "window": list(recipe.window),
+        "search": recipe.search.model_dump(mode="json") if arm.kind == "searched" else None,
+        "retraining": retraining,
+        "matched_to": plan.target if arm.kind == "random" else None,
+    }
+
+
+def _recipe(plan: Plan, arm: Arm) -> Recipe:
+    return with_search(plan.recipe, sigma=arm.figure) if arm.kind == "searched" else plan.recipe
+
+
+def _searched(plan: Plan, arm: Arm, folder: Path) -> Genotype:
+    """Search, decode and measure the gap; what is done already is not done again."""
+    if not (folder / GAP_FILE).exists():
+        recipe = _recipe(plan, arm)
+        options: dict[str, Any] = {"fold": plan.fold, "seed": arm.seed, "device": plan.device}
+        resume = (folder / "config.toml").exists()
+        found = search(recipe, plan.dataset, folder, resume=resume, report=_say("search", 50), **options)
+        conclude(folder, found.network.architecture, recipe, Choice())
+        write_gap(folder, _gap(plan, found, recipe))
+    return read_genotype(folder / "genotype.json")
+
+
+def _gap(plan: Plan, found: Found, recipe: Recipe) -> GapTable:
+    genotypes = all_decoded(found.network, recipe)
+    dints = genotypes["dints"]
+    if isinstance(dints, Genotype):  # half of its work, to have a budget that is in force
+        half = plan.work.of(dints) / 2
+        genotypes[f"dints, at most {half:.3g} GMAC"] = within_work(found.network, recipe, half)
+    return measure_gap(found.network, genotypes, found.parts.held_out, recipe, device=plan.device)
+
+
+def _drawn(plan: Plan, arm: Arm, folder: Path) -> tuple[Genotype, int]:
+    """Draw a random network of the target's work; the same arm draws the same one."""
+    target = read_genotype(plan.out / plan.target / "genotype.json")
+    rng = random.Random(f"{plan.target} {arm.group}")
+    matched = sample_within(plan.space, rng, plan.work, plan.work.of(target), tolerance=TOLERANCE)
+    return matched.genotype.model_copy(update={"up": target.up}), matched.draws
+
+
+def _cost(counts: Counts) -> dict[str, float]:
+    return {name: float(getattr(counts, name)) for name in Counts.__dataclass_fields__}
+
+
+def _search_seconds(folder: Path) -> float:
+    return sum(float(line["seconds"]) for line in read_metrics(folder))
+
+
+def _retrain_seconds(run: Path) -> float:
+    """Return the seconds of a run's steps; a pause between two sittings does not count."""
+    times = [json.loads(line)["time"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    spans = sorted(after - before for before, after in pairwise(times) if after > before)
+    return spans[len(spans) // 2] * len(times) if spans else 0.0
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _say(stage: str, every: int) -> Any:
+    """Return a report that prints a line now and then."""
+
+    def say(step: int, *figures: Any) -> None:
+        if step % every == 0:
+            print(f"  {stage} {step}: {figures[0]}", flush=True)
+
+    return say
