@@ -67,6 +67,7 @@ DELIVERY_TRANSITIONS: Final[frozenset[tuple[str, str]]] = frozenset(
         ("failed", "pending"),  # by an operator
         ("failed", "cancelled"),
         ("cancelled", "pending"),  # by an operator
+        ("cancelled", "sent"),  # it was on its way
     }
 )
 

@@ -7,7 +7,7 @@ CREATE TABLE clock (
 ) STRICT;
 
 CREATE TABLE study (
-  id INTEGER PRIMARY KEY,
+  id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: the audit trail refers to it
   key TEXT NOT NULL UNIQUE,     -- digest of the StudyInstanceUID, or of a NIfTI file's name and bytes
   kind TEXT NOT NULL CHECK (kind IN ('dicom', 'nifti')),
   state TEXT NOT NULL CHECK (state IN ('receiving', 'complete')),
