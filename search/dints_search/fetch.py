@@ -114,6 +114,8 @@ def _chunks(url: str) -> Iterator[tuple[bytes, int]]:
                 yield chunk, total
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
         reason = getattr(error, "reason", error)
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise DatasetError(
             "fetch-failed", f"expected to read {url}, found: {reason}: fetch it where there is a network, and copy it"
         ) from error

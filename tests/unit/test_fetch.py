@@ -1,0 +1,141 @@
+"""A fetched task is the published one or nothing: checksum, archive and network failures leave no folder behind."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dints_deploy.catalog.dataset import read_dataset
+from dints_deploy.errors import DatasetError, DintsError, UsageError
+from dints_search.fetch import Source, fetch, find_task, msd_sources
+from tests.tiny_entry import full_disk, run_cli
+from tests.tiny_task import write_task
+
+TASK = "Task11_Balls"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder that a local server hands out, and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}/task.tar"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def source(served: tuple[Path, str], archive: bytes, md5: str | None = None) -> dict[str, Source]:
+    """Put an archive where the server hands it out and return its entry in a list of tasks."""
+    (served[0] / "task.tar").write_bytes(archive)
+    return {TASK: Source(served[1], md5 or hashlib.md5(archive, usedforsecurity=False).hexdigest())}
+
+
+def packed(folder: Path, *more: tarfile.TarInfo) -> bytes:
+    """Return a task as a tar archive with further members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(folder, TASK)
+        for member in more:
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+    return buffer.getvalue()
+
+
+def member(name: str, **changes: Any) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = 0 if changes else 3
+    for key, value in changes.items():
+        setattr(info, key, value)
+    return info
+
+
+def refused(tmp_path: Path, sources: dict[str, Source], code: str, *said: str) -> None:
+    with pytest.raises(DintsError) as caught:
+        fetch("balls", tmp_path / "out", sources=sources)
+    assert caught.value.code == code
+    assert all(word in caught.value.message for word in said), caught.value.message
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_task_is_downloaded_verified_and_unpacked(served: tuple[Path, str], tmp_path: Path) -> None:
+    archive = packed(write_task(tmp_path / "task", 3), member(f"{TASK}/imagesTr/._ball_000.nii.gz"))
+    told: list[tuple[int, int]] = []
+    folder = fetch(
+        "11", tmp_path / "out", sources=source(served, archive), progress=lambda done, total: told.append((done, total))
+    )
+    assert folder == tmp_path / "out" / TASK
+    assert len(read_dataset(folder).cases) == 3
+    assert told[-1] == (len(archive), len(archive))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [TASK]
+    assert not list(folder.rglob("._*"))
+    with pytest.raises(UsageError, match="there already"):
+        fetch("balls", tmp_path / "out", sources=source(served, archive))
+
+
+def test_other_bytes_than_the_published_ones_are_refused(served: tuple[Path, str], tmp_path: Path) -> None:
+    archive = packed(write_task(tmp_path / "task", 1))
+    digest = hashlib.md5(archive, usedforsecurity=False).hexdigest()
+    refused(tmp_path, source(served, archive[:-512], digest), "fetch-failed", digest, "fetch it again")
+
+
+def test_an_archive_cannot_write_outside_its_folder(served: tuple[Path, str], tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task", 1)
+    for name in ("../outside", f"{TASK}/../../outside", "/tmp/outside-of-everything"):
+        archive = packed(task, member(name))
+        if name.startswith("/"):  # taken as a path inside
+            fetch("balls", tmp_path / "absolute", sources=source(served, archive))
+            assert not Path(name).exists()
+        else:
+            refused(tmp_path, source(served, archive), "fetch-failed", "outside")
+    assert not (tmp_path / "outside").exists()
+    linked = packed(task, member(f"{TASK}/link", type=tarfile.SYMTYPE, linkname="/etc"))
+    folder = fetch("balls", tmp_path / "links", sources=source(served, linked))
+    assert not (folder / "link").exists()
+
+
+def test_what_is_no_archive_or_no_task_is_refused(served: tuple[Path, str], tmp_path: Path) -> None:
+    refused(tmp_path, source(served, b"no archive" * 100), "fetch-failed", "tar")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path, source(served, packed(tmp_path / "empty")), "dataset-invalid")
+
+
+def test_a_missing_server_and_a_missing_file_are_named(served: tuple[Path, str], tmp_path: Path) -> None:
+    refused(tmp_path, {TASK: Source(served[1] + "x", "")}, "fetch-failed", "ot found", "where there is a network")
+    refused(tmp_path, {TASK: Source("http://127.0.0.1:1/task.tar", "")}, "fetch-failed", "refused")
+
+
+def test_the_ten_tasks_are_found_by_number_and_name() -> None:
+    sources = msd_sources()
+    assert len(sources) == 10
+    assert all(len(source.md5) == 32 and source.url.endswith(f"{name}.tar") for name, source in sources.items())
+    for words in (("4", "04", "hippocampus", "Task04_Hippocampus"), ("10", "colon", "Task10_Colon")):
+        assert len({find_task(word, sources) for word in words}) == 1
+    with pytest.raises(UsageError, match="Task09_Spleen"):
+        find_task("kidney", sources)
+    assert run_cli("data", "fetch", "kidney").code == 2
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(served: tuple[Path, str], tmp_path: Path) -> None:
+    sources = source(served, packed(write_task(tmp_path / "task", 1)))
+    with full_disk(4096), pytest.raises(DintsError) as caught:
+        fetch("balls", tmp_path / "out", sources=sources)
+    assert caught.value.code == "disk-full"
+    assert not list((tmp_path / "out").iterdir())
+    assert not isinstance(caught.value, DatasetError)
