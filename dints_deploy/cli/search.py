@@ -49,6 +49,9 @@ def search_command(
     max_memory: Annotated[float | None, typer.Option(help="Budget: MiB of saved training activations.")] = None,
     max_latency: Annotated[float | None, typer.Option(help="Budget: ms of a window on this machine.")] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Let the budget choose operations too.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe, such as search.architecture_rate=0.01.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search a network on one fold's training part, decode it, and draw it; resumable at any time.
@@ -64,12 +67,12 @@ def search_command(
             import torch
 
             from dints_search.choice import Choice
-            from dints_search.recipe import find_recipe
+            from dints_search.recipe import find_recipe, override
             from dints_search.search_run import with_search
         if threads is not None:
             torch.set_num_threads(threads)
         recipe = with_search(
-            find_recipe(task),
+            override(find_recipe(task), settings or []),
             **{"sigma": sigma, "steps": steps, "batch": batch, "window": _sizes(window), "num_blocks": blocks},
             **{"num_depths": depths, "channel_multiplier": width, "precision": precision, "memory": memory},
             **{"unrolled": unrolled or None, "checkpointing": checkpointing or None, "compiled": compiled or None},
@@ -84,6 +87,7 @@ def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, bar: Bar, **o
     """Search and conclude; None in a process that does not write."""
     from dints_search.choice import check_choice
     from dints_search.conclude import conclude
+    from dints_search.gap import all_decoded, measure_gap, write_gap
     from dints_search.search import search
 
     def show(done: int, figures: dict[str, float | str]) -> None:
@@ -94,7 +98,14 @@ def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, bar: Bar, **o
 
     check_choice(choice)
     found = search(recipe, read_dataset(data), out, report=show, **options)
-    return conclude(out, found.network.architecture, recipe, choice) if found.writes else None
+    if not found.writes:
+        return None
+    chosen = conclude(out, found.network.architecture, recipe, choice)
+    with progress("measure the gap") as measured:
+        decoded = all_decoded(found.network, recipe, chosen)
+        held_out = found.parts.held_out
+        write_gap(out, measure_gap(found.network, decoded, held_out, recipe, device=found.device, progress=measured))
+    return chosen
 
 
 def _incomplete() -> NoReturn:

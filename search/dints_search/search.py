@@ -83,11 +83,13 @@ class Found:
         network: the search network with its architecture.
         parts: which cases trained what, and which neither.
         writes: whether this process is the one that writes files.
+        device: of the network.
     """
 
     network: Supernet
     parts: Parts
     writes: bool
+    device: str
 
 
 def search(
@@ -126,7 +128,7 @@ def search(
         _iterate(state, config, folder, sources, world, report)
         if world.writes:
             write_architecture(folder, state.network.architecture)
-    return Found(state.network, parts, world.writes)
+    return Found(state.network, parts, world.writes, place)
 
 
 def search_window(recipe: Recipe) -> tuple[int, int, int]:

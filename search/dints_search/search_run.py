@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import tomli_w
 from pydantic import ValidationError
@@ -27,6 +27,9 @@ from dints_search.searching import Searching
 from dints_search.space import ArchitectureParameters, SearchSpace
 
 ARCHITECTURE_FILE = "architecture.safetensors"
+
+SHARED_WITH_RETRAINING: Final = ("augmentation", "foreground")
+"""Settings of the retraining that the search's patches are drawn with too."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class SearchConfig(Strict):
 
     def digest(self) -> str:
         """Return a digest of what decides the result; a checkpoint belongs to exactly one."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"commit"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        fields = self.model_dump(mode="json", exclude={"commit"})
+        retraining = fields["recipe"]["retraining"]  # what comes after the search does not decide it
+        fields["recipe"]["retraining"] = {name: retraining[name] for name in SHARED_WITH_RETRAINING}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def split_training(cases: Sequence[Case], *, seed: int, held_out: float) -> Parts:
