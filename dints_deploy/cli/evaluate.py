@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from dints_deploy.catalog.catalog import load_entry
-from dints_deploy.catalog.dataset import read_dataset
+from dints_deploy.catalog.dataset import read_dataset, read_unlabelled
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
 from dints_deploy.files import replacing, write_text
 from dints_deploy.runtime.evaluate import Evaluation, check_labels, evaluate, unseen_cases
-from dints_deploy.runtime.segment import open_sessions
+from dints_deploy.runtime.sessions import open_sessions
 
 MANY_WINDOWS = 1_000
 """An evaluation runs many windows: `auto` chooses for throughput."""
@@ -32,6 +32,9 @@ def evaluate_command(
     engine: Annotated[str, typer.Option(help="auto, openvino or onnx.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON here too.")] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="Predict the task's unlabelled cases instead and pack them: .zip or .tar.gz.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the scores of all cases to this PNG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,6 +45,9 @@ def evaluate_command(
     with failing(as_json):
         if (model is None) == (run is None):
             raise UsageError("usage", "expected --model ENTRY or --run RUN, one of the two")
+        if submission is not None:
+            _submit(submission, model, run, data, engine, precision, as_json=as_json)
+            return
         if model is not None:
             spec, result, about = _entry(model, data, fold, engine, precision)
         else:
@@ -78,6 +84,29 @@ def _run(run: Path | None, data: Path, fold: int | None) -> tuple[Entry, Evaluat
     with progress("evaluate") as report:
         spec, result = evaluate_run(run, read_dataset(data), fold, progress=report)
     return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32"}
+
+
+def _submit(
+    out: Path, model: str | None, run: Path | None, data: Path, engine: str, precision: str, *, as_json: bool
+) -> None:
+    """Pack the predictions of the cases whose labels a leaderboard keeps."""
+    from dints_deploy.runtime.submission import check_archive_name, submit
+
+    check_archive_name(out)
+    cases = read_unlabelled(data)
+    if model is not None:
+        entry = load_entry(model)
+        spec = entry.spec
+        sessions = open_sessions(entry, windows=MANY_WINDOWS, engine=engine, precision=precision)
+    else:
+        with needs_search_extra("evaluate --run"):
+            from dints_search.evaluate import open_run_sessions
+        spec, sessions = open_run_sessions(run or Path())
+    task = spec.training.task if spec.training else data.resolve().name
+    with progress("submission") as report:
+        submit(cases, spec, sessions, task, out, progress=report)
+    document = {"submission": str(out), "task": task, "cases": len(cases)}
+    say_json(document) if as_json else say(f"packed {len(cases)} cases of {task} into {out}. Research use only.")
 
 
 def _plot(path: Path, spec: Entry, result: Evaluation) -> None:

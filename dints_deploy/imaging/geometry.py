@@ -173,10 +173,26 @@ class Line:
         """Return the line of the new voxels start <= n < stop."""
         return Line(self.lower[start:stop], self.upper[start:stop], self.fraction[start:stop])
 
+    def within(self, start: int, length: int) -> tuple[Line, slice]:
+        """Return the line with the old voxels counted from its own first one, and which old voxels it needs.
+
+        Args:
+            start: first of the new voxels to keep.
+            length: how many of them; at least one.
+        """
+        part = self.part(start, start + length)
+        first = int(part.lower[0])
+        return part.shifted(-first), slice(first, int(part.upper[-1]) + 1)
+
+    def shifted(self, by: int) -> Line:
+        """Return the line for an old axis with `by` more voxels before it."""
+        return Line(self.lower + by, self.upper + by, self.fraction)
+
     @staticmethod
     def _take(data: NDArray[Any], index: NDArray[np.intp], axis: int) -> NDArray[Any]:
-        if len(index) == data.shape[axis] and np.array_equal(index, np.arange(len(index))):
-            return data
+        first, last = int(index[0]), int(index[-1])
+        if last - first == len(index) - 1 and (np.diff(index) == 1).all():
+            return data[(slice(None),) * axis + (slice(first, last + 1),)]  # neighbours: a view
         return np.take(data, index, axis)
 
 

@@ -16,7 +16,6 @@ from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.metrics import CaseScores, Summary, score_case, summarise
 from dints_deploy.runtime.preprocess import prepare
 from dints_deploy.runtime.segment import run
-from dints_deploy.runtime.window import window_starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +61,7 @@ def evaluate(
             prepared = prepare(scan, spec.preparation)
         except ScanRefused as refusal:
             raise ScanRefused(refusal.code, f"case {case.id}: {refusal.message}") from refusal
-        result = run(prepared, spec, sessions, window_starts(prepared.grid.shape, spec.window, spec.overlap))
+        result = run(prepared, spec, sessions)
         scores[case.id] = score_case(
             result.labels.data[0],
             reference.data[0],

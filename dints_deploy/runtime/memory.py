@@ -1,49 +1,140 @@
-"""What a run will need, computed before it starts."""
+"""The plan of a run, made before it starts: along which axis to sweep, in which blocks, how much memory it takes.
+
+A sweep holds the logits of one window's depth over the plane that it crosses. Where that is too much, the plane is
+split into blocks, swept one after the other. A block runs every window that reaches it, so its voxels get the same sum
+in the same order as in one sweep: the labels are the same, and windows at the borders of blocks are run again.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Final
-
-import numpy as np
 
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import EngineError
-from dints_deploy.imaging.geometry import orient, spaced
-from dints_deploy.imaging.volume import Volume
-from dints_deploy.runtime.preprocess import margins
+from dints_deploy.runtime.blocks import Block, Part, blocks_of, parts_of
+from dints_deploy.runtime.preprocess import PIECE_BYTES, Prepared
 from dints_deploy.runtime.restore import BLOCK_BYTES, label_dtype
-
-BASE_BYTES: Final = 400 << 20
-"""Allowance for interpreter, libraries and a loaded engine; the small shipped entry needs about half of it."""
+from dints_deploy.runtime.window import axis_starts
 
 FLOAT_BYTES: Final = 4
+MAX_PARTS: Final = 32
+"""Parts of one axis at most: beyond, nearly all of the work would be done again."""
+
+SLACK_BYTES: Final = 64 << 20
+"""What allocators keep, and everything small."""
+
+LABEL_COPIES: Final = 4
+"""Of the label map while it is written and read back: the file, packed, unpacked, as an array."""
 
 
-def estimate_bytes(scan: Volume, entry: Entry) -> int:
-    """Return the peak memory of a run in bytes, from sizes alone: it is the same for every image of this shape."""
-    grid = orient(Volume(scan.data[:1], scan.affine))[0].grid
-    inner = grid if entry.spacing is None else spaced(grid, entry.spacing)
-    before, after = margins(inner.shape, entry.window)
-    shape = [b + n + a for b, n, a in zip(before, inner.shape, after, strict=True)]
-    voxels = int(np.prod(shape))
-    plane = shape[1] * shape[2]
-    prepared = 3 * voxels * FLOAT_BYTES * scan.channels  # resampled, normalised and padded copies
-    window = int(np.prod(entry.window)) * entry.outputs * FLOAT_BYTES * 3
-    slabs = 3 * entry.outputs * entry.window[0] * plane * FLOAT_BYTES  # accumulator, finished slab, slab being restored
-    largest = max(label.value for label in entry.labels)
-    labels = 2 * int(np.prod(grid.shape)) * label_dtype(largest).itemsize
-    return BASE_BYTES + scan.data.nbytes + prepared + window + slabs + 2 * BLOCK_BYTES + labels
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes. Axes are in the order of the sweep.
+
+    Attributes:
+        along: the axis (0, 1, 2 for i, j, k) that is swept.
+        blocks: of the plane, together the whole.
+        windows: of the whole scan.
+        peak_bytes: what the run takes at most, beyond what the process holds before it.
+    """
+
+    along: int
+    blocks: tuple[Block, ...]
+    windows: int
+    peak_bytes: int
+
+    @property
+    def again(self) -> int:
+        """Return how many windows are run again because blocks share them."""
+        return sum(len(block.starts) for block in self.blocks) - self.windows
 
 
-def check_memory(scan: Volume, entry: Entry, limit_bytes: int | None) -> int:
-    """Return the estimate; refuse before the run when it is over the limit.
+def make_plan(prepared: Prepared, spec: Entry, *, room_bytes: int | None = None, batch: int = 1) -> Plan:
+    """Return the plan with the fewest windows that keeps within `room_bytes`.
+
+    Args:
+        prepared: the scan, axes i, j, k.
+        spec: of the network.
+        room_bytes: what the run may take beyond what the process holds; None for any amount.
+        batch: windows per call of the engine.
 
     Raises:
-        EngineError: `memory-limit`.
+        EngineError: `memory-limit` when no plan keeps within it.
     """
-    needed = estimate_bytes(scan, entry)
-    if limit_bytes is not None and needed > limit_bytes:
-        raise EngineError(
-            "memory-limit", f"expected to fit {limit_bytes / 2**30:.2f} GiB, this scan needs {needed / 2**30:.2f} GiB"
-        )
-    return needed
+    along = sweep_axis(prepared.grid.shape, spec.window)
+    swept, window = prepared.along(along), in_order(spec.window, along)
+    starts = [axis_starts(n, w, spec.overlap) for n, w in zip(swept.grid.shape, window, strict=True)]
+    splits = [
+        _Split(rows, columns) for rows, columns in product(*(_ways(swept, a, starts[a], window[a]) for a in (1, 2)))
+    ]
+    peaks = [_peak_bytes(swept, spec, window, batch, split) for split in splits]
+    fitting = [n for n, peak in enumerate(peaks) if room_bytes is None or peak <= room_bytes]
+    if not fitting:
+        raise _too_little(min(peaks), room_bytes or 0)
+    best = min(fitting, key=lambda n: splits[n].price)
+    blocks = blocks_of(starts[0], splits[best].rows, splits[best].columns)
+    return Plan(along, blocks, math.prod(len(s) for s in starts), peaks[best])
+
+
+def sweep_axis(shape: Sequence[int], window: Sequence[int]) -> int:
+    """Return the axis whose sweep holds the fewest voxels; of equal ones the last, along which scans lie in memory."""
+    held = [math.prod(shape) // n * w for n, w in zip(shape, window, strict=True)]
+    return max(axis for axis in range(3) if held[axis] == min(held))
+
+
+def in_order(values: Sequence[int], along: int) -> tuple[int, int, int]:
+    """Return three values with the one of the swept axis first."""
+    first, (second, third) = values[along], [v for axis, v in enumerate(values) if axis != along]
+    return first, second, third
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A plane in rows (j) and columns (k)."""
+
+    rows: list[Part]
+    columns: list[Part]
+
+    @property
+    def price(self) -> tuple[int, int]:
+        """Return the windows over the plane, and the blocks: the fewer, the better."""
+        windows = sum(len(part.starts) for part in self.rows) * sum(len(part.starts) for part in self.columns)
+        return windows, len(self.rows) * len(self.columns)
+
+
+def _ways(swept: Prepared, axis: int, starts: Sequence[int], window: int) -> Iterator[list[Part]]:
+    """Yield an axis in one part, in two, and so on."""
+    line, before = swept.back[axis], swept.before[axis]
+    for count in range(1, min(MAX_PARTS, len(line.lower)) + 1):
+        yield parts_of(line, before, starts, window, count)
+
+
+def _peak_bytes(swept: Prepared, spec: Entry, window: Sequence[int], batch: int, split: _Split) -> int:
+    """Return the most that a sweep takes: it is the same for every image of this shape."""
+    axes = (split.rows, split.columns)
+    held = math.prod(max(p.columns.stop - p.columns.start for p in parts) for parts in axes)
+    read = math.prod(max(p.span(w) for p in parts) for parts, w in zip(axes, window[1:], strict=True))
+    decided = math.prod(max(p.voxels.stop - p.voxels.start for p in parts) for parts in axes)
+    voxels, channels = math.prod(window), swept.scan.channels
+    logits = spec.outputs * window[0] * held  # of the windows' depth over the block
+    planes = channels * window[0] * read
+    under_way = voxels * (channels * (2 * batch + 4) + spec.outputs * (2 * batch + 4) + 3)
+    plane = max(held * max(1, swept.inner.shape[0] // swept.oriented.shape[0] + 1), decided)
+    deciding = 6 * max(BLOCK_BYTES, FLOAT_BYTES * plane)
+    cutting = 6 * max(PIECE_BYTES, FLOAT_BYTES * channels * read)
+    largest = label_dtype(max(label.value for label in spec.labels))
+    labels = math.prod(swept.oriented.shape) * int(largest.itemsize)
+    sweeping = FLOAT_BYTES * (logits + planes + under_way) + deciding + cutting
+    return int(labels + max(sweeping, LABEL_COPIES * labels) + SLACK_BYTES)
+
+
+def _too_little(needed: int, room: int) -> EngineError:
+    return EngineError(
+        "memory-limit",
+        f"expected {needed / 2**30:.2f} GiB for this scan in the smallest blocks, found {max(0, room) / 2**30:.2f} GiB "
+        "beside what is loaded: raise --max-ram",
+    )

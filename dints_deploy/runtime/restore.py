@@ -1,44 +1,67 @@
 """Bring logits back to the scan's grid, slab by slab, and decide the label there: never the labels, always the logits.
 
-Interpolation along i needs two neighbouring planes, so one plane of the previous slab is kept. The blocks are small, so
-memory is proportional to a few planes whatever the number of classes.
+Interpolation along i needs two neighbouring planes, so one plane of the previous slab is kept. Classes are interpolated
+one after the other, with a running maximum: memory is one class of a few planes, whatever the number of classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.imaging.geometry import Line, shared_axes
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.blend import Logits, Slab
-from dints_deploy.runtime.preprocess import Prepared
+from dints_deploy.runtime.preprocess import Lines, Prepared
 
-BLOCK_BYTES: Final = 256 << 20
-"""Largest block of interpolated logits held at a time."""
-
-Decide = Callable[[Logits], NDArray[Any]]
-"""Logits (C, n, J, K) to labels (n, J, K)."""
+BLOCK_BYTES: Final = 8 << 20
+"""Interpolated logits of one class held at a time: what a processor's cache holds."""
 
 
-def decision(entry: Entry) -> Decide:
-    """Return how an entry's logits become labels: the largest class, or ordered regions above one half."""
-    dtype = label_dtype(max(label.value for label in entry.labels))
-    if entry.activation == "softmax":
-        return lambda logits: np.argmax(logits, axis=0).astype(dtype)
-    values = [region.value for region in entry.regions]
+@dataclass(frozen=True)
+class Decision:
+    """How logits become labels: the largest class, or ordered regions above one half.
 
-    def regions(logits: Logits) -> NDArray[Any]:
-        labels = np.zeros(logits.shape[1:], dtype)
-        for value, logit in zip(values, logits, strict=True):
-            labels[logit > 0] = value  # sigmoid(logit) > 1/2
+    Attributes:
+        dtype: of the labels.
+        regions: label value per region, in the order of the channels; None for the largest class.
+    """
+
+    dtype: np.dtype[Any]
+    regions: tuple[int, ...] | None = None
+
+    def __call__(self, logits: Iterable[Logits]) -> NDArray[Any]:
+        """Return the labels (n, J, K) of logits given channel by channel, each (n, J, K); the first of equals wins."""
+        return self._largest(logits) if self.regions is None else self._above_half(logits, self.regions)
+
+    def _largest(self, logits: Iterable[Logits]) -> NDArray[Any]:
+        channels = iter(logits)
+        largest = np.array(next(channels))
+        labels = np.zeros_like(largest, self.dtype)
+        for value, channel in enumerate(channels, start=1):
+            np.copyto(labels, self.dtype.type(value), where=channel > largest)
+            np.maximum(channel, largest, out=largest)
         return labels
 
-    return regions
+    def _above_half(self, logits: Iterable[Logits], regions: tuple[int, ...]) -> NDArray[Any]:
+        labels: NDArray[Any] | None = None
+        for value, channel in zip(regions, logits, strict=True):
+            labels = np.zeros_like(channel, self.dtype) if labels is None else labels
+            labels[channel > 0] = value  # sigmoid(logit) > 1/2
+        if labels is None:
+            raise ValueError("expected at least one region")
+        return labels
+
+
+def decision(entry: Entry) -> Decision:
+    """Return how an entry's logits become labels."""
+    dtype = label_dtype(max(label.value for label in entry.labels))
+    regions = None if entry.activation == "softmax" else tuple(region.value for region in entry.regions)
+    return Decision(dtype, regions)
 
 
 def label_dtype(largest: int) -> np.dtype[Any]:
@@ -46,7 +69,7 @@ def label_dtype(largest: int) -> np.dtype[Any]:
     return np.min_scalar_type(largest)
 
 
-def restore(slabs: Iterable[Slab], prepared: Prepared, decide: Decide, *, block_bytes: int = BLOCK_BYTES) -> Volume:
+def restore(slabs: Iterable[Slab], prepared: Prepared, decide: Decision, *, block_bytes: int = BLOCK_BYTES) -> Volume:
     """Return the label map on the scan's own grid.
 
     Args:
@@ -55,66 +78,55 @@ def restore(slabs: Iterable[Slab], prepared: Prepared, decide: Decide, *, block_
         decide: logits to labels.
         block_bytes: of interpolated logits to hold at a time; one plane of the scan at least.
     """
-    lines = shared_axes(prepared.inner, prepared.oriented)
-    if lines is None:
-        raise ValueError("expected the network's grid to share the scan's axes")
-    restoring = _Restoring(prepared, lines, decide, block_bytes)
+    labels = np.zeros(prepared.oriented.shape, decide.dtype)
+    i, j, k = (line.shifted(before) for line, before in zip(prepared.back, prepared.before, strict=True))
+    fill(labels, slabs, (i, j, k), decide, block_bytes=block_bytes)
+    return prepared.unorient(Volume(labels[np.newaxis], prepared.oriented.affine))
+
+
+def fill(
+    labels: NDArray[Any], slabs: Iterable[Slab], lines: Lines, decide: Decision, *, block_bytes: int = BLOCK_BYTES
+) -> None:
+    """Fill labels (I, J, K) from slabs of logits.
+
+    Args:
+        labels: a view of the label map on the scan's grid.
+        slabs: in order, without gaps.
+        lines: where the labels' voxels lie between those of the slabs, along i, j, k.
+        decide: logits to labels.
+        block_bytes: as for `restore`.
+
+    Raises:
+        ValueError: the slabs end before the labels do.
+    """
+    done, last = 0, None  # last: (C, 1, J, K), the plane before the slab
     for slab in slabs:
-        restoring.take(slab)
-    if restoring.labels is None or restoring.done < prepared.oriented.shape[0]:
+        end = slab.first + slab.logits.shape[1]
+        ready = int(np.searchsorted(lines[0].upper, end))  # planes whose two neighbours are there
+        rows = _rows(labels, slab.logits, lines, block_bytes)
+        for begin in range(done, ready, rows):
+            stop = min(begin + rows, ready)
+            labels[begin:stop] = decide(_interpolated(slab, last, lines, begin, stop))
+        done = max(done, ready)
+        if done < len(labels) and lines[0].lower[done] < end:
+            last = slab.logits[:, -1:].copy()
+    if done < len(labels):
         raise ValueError("expected slabs that cover the network's grid")
-    return prepared.unorient(Volume(restoring.labels[np.newaxis], prepared.oriented.affine))
 
 
-class _Restoring:
-    """The planes of the scan that are done, and the logits still needed for the next ones."""
+def _rows(labels: NDArray[Any], logits: Logits, lines: Lines, block_bytes: int) -> int:
+    """Return how many planes of the scan are decided at a time."""
+    per_row = int(lines[0].upper[-1] - lines[0].lower[0]) // len(labels) + 1
+    plane = max(labels[0].size, per_row * logits[0, 0].size)
+    return max(1, block_bytes // (4 * int(plane)))
 
-    def __init__(self, prepared: Prepared, lines: tuple[Line, Line, Line], decide: Decide, block_bytes: int) -> None:
-        self.inner = prepared.inner.shape
-        self.before = prepared.before
-        self.shape = prepared.oriented.shape
-        self.lines = lines
-        self.decide = decide
-        self.block_bytes = block_bytes
-        self.labels: NDArray[Any] | None = None
-        self.done = 0
-        self.held: Logits | None = None  # planes first .. of the unpadded network grid
-        self.first = 0
 
-    def take(self, slab: Slab) -> None:
-        """Add a slab and decide every plane of the scan whose two neighbours are there."""
-        start = max(0, self.before[0] - slab.first)
-        stop = min(slab.logits.shape[1], self.before[0] + self.inner[0] - slab.first)
-        if start >= stop:
-            return
-        (_, j, k), (_, nj, nk) = self.before, self.inner
-        fresh = slab.logits[:, start:stop, j : j + nj, k : k + nk]
-        self.held = fresh if self.held is None else np.concatenate([self.held, fresh], axis=1)
-        ready = int(np.searchsorted(self.lines[0].upper, self.first + self.held.shape[1], side="left"))
-        plane_bytes = 4 * self.held.shape[0] * self.shape[1] * self.shape[2]
-        rows = max(1, self.block_bytes // plane_bytes)
-        for begin in range(self.done, ready, rows):
-            self._decide(begin, min(begin + rows, ready))
-        self.done = max(self.done, ready)
-        self._forget()
-
-    def _decide(self, begin: int, end: int) -> None:
-        assert self.held is not None  # noqa: S101  take() sets it
-        part = self.lines[0].part(begin, end)
-        low = int(part.lower[0])
-        near = self.held[:, low - self.first : int(part.upper[-1]) + 1 - self.first]
-        along_i = Line(part.lower - low, part.upper - low, part.fraction)
-        block = self.lines[2].linear(self.lines[1].linear(along_i.linear(near, 1), 2), 3)  # (C, n, J, K)
-        labels = self.decide(block)
-        if self.labels is None:
-            self.labels = np.zeros(self.shape, labels.dtype)
-        self.labels[begin:end] = labels
-
-    def _forget(self) -> None:
-        """Drop the planes that no later plane of the scan needs."""
-        assert self.held is not None  # noqa: S101  take() sets it
-        if self.done < self.shape[0]:
-            needed = int(self.lines[0].lower[self.done])
-            drop = min(needed - self.first, self.held.shape[1])
-            if drop > 0:
-                self.held, self.first = self.held[:, drop:].copy(), self.first + drop
+def _interpolated(slab: Slab, last: Logits | None, lines: Lines, begin: int, stop: int) -> Iterator[Logits]:
+    """Yield the logits (n, J, K) of the scan's planes begin <= i < stop, class by class."""
+    along, needed = lines[0].within(begin, stop - begin)
+    low, high = needed.start - slab.first, needed.stop - slab.first
+    for number, channel in enumerate(slab.logits):
+        planes = channel[max(low, 0) : high]
+        if low < 0 and last is not None:
+            planes = np.concatenate([last[number], planes])
+        yield lines[2].linear(lines[1].linear(along.linear(planes, 0), 1), 2)

@@ -1,16 +1,16 @@
 """segment: a scan in, a label map out. The main path of the appliance.
 
-check_accepts -> prepare -> windows -> engine -> blend -> restore -> postprocess
+check_accepts -> prepare -> plan -> cut -> infer -> blend -> restore -> postprocess
+
+Cutting windows, running them, and blending and restoring overlap in time: each has a thread. The engine stays in the
+thread that opened it.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import combinations
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -19,39 +19,22 @@ from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.accepts import check_accepts
-from dints_deploy.runtime.blend import Logits, blend
-from dints_deploy.runtime.engine import Batch, Handle, Session, SessionInfo, check_output, choose_engine
-from dints_deploy.runtime.memory import check_memory
+from dints_deploy.runtime.engine import Session, SessionInfo
+from dints_deploy.runtime.memory import Plan, make_plan
 from dints_deploy.runtime.metrics import volume_ml
+from dints_deploy.runtime.pipeline import Seconds
 from dints_deploy.runtime.postprocess import postprocess
 from dints_deploy.runtime.preprocess import Prepared, prepare
-from dints_deploy.runtime.restore import decision, restore
-from dints_deploy.runtime.window import Start, window_starts
+from dints_deploy.runtime.restore import decision
+from dints_deploy.runtime.rss import available_bytes, resident_bytes
+from dints_deploy.runtime.sessions import Opened, WarmSessions
+from dints_deploy.runtime.sweep import Sweep, busy
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
-UNDER_WAY: Final = 2
-"""Windows submitted before the oldest one is waited for."""
-
-AXIS_OF: Final = {"i": 2, "j": 3, "k": 4}
-"""Axis of a batch (N, C, I, J, K)."""
-
-
-@dataclass
-class Seconds:
-    """Where the time went."""
-
-    by_stage: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a stage."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.by_stage[name] = self.by_stage.get(name, 0.0) + time.perf_counter() - begin
+SHARE_OF_AVAILABLE: Final = 0.75
+"""Of the machine's free memory that a run without a limit may take: the engine needs some, and others are there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +45,18 @@ class Segmentation:
         labels: (1, I, J, K), smallest unsigned type, on the scan's own grid.
         volumes_ml: label id -> millilitres.
         session: what ran.
-        windows: number of network windows.
-        seconds: stage -> seconds; `engine` is the time spent waiting for the network.
+        plan: how it ran.
+        windows_run: windows that the engine ran; the others took the logits of an equal one.
+        network_bytes: memory that the loaded networks hold, as far as it is known.
+        seconds: stage -> seconds that it was busy; stages overlap. `engine` is the time spent in the network.
     """
 
     labels: Volume
     volumes_ml: dict[str, float]
     session: SessionInfo
-    windows: int
+    plan: Plan
+    windows_run: int
+    network_bytes: int
     seconds: dict[str, float]
 
 
@@ -83,6 +70,8 @@ def segment(
     threads: int | None = None,
     max_ram_bytes: int | None = None,
     modality: str | None = None,
+    warm: WarmSessions | None = None,
+    planned: Callable[[Plan], None] = lambda plan: None,
     progress: Progress = lambda done, total: None,
 ) -> Segmentation:
     """Segment a scan with a zoo entry.
@@ -94,137 +83,79 @@ def segment(
         precision: fp32; others need a parity certificate made on this machine.
         device: cpu or cuda:N.
         threads: CPU threads, None for all.
-        max_ram_bytes: refuse in advance what would need more.
+        max_ram_bytes: for the whole process; the run is split into blocks to keep it, or refused before it starts.
         modality: DICOM Modality where it is known.
+        warm: networks that stay loaded between scans; None loads them for this one.
+        planned: called with the plan before the first window.
         progress: called after every window.
 
     Raises:
         ScanRefused: the scan is not what the entry accepts.
-        EntryError: the entry is damaged. EngineError: the engine is missing or failed.
+        EntryError: the entry is damaged. EngineError: the engine is missing or failed, or `memory-limit`.
     """
     spec, seconds = runnable(entry).spec, Seconds()
     check_accepts(scan, spec, modality=modality)
-    check_memory(scan, spec, max_ram_bytes)
     with seconds.stage("prepare"):
         prepared = prepare(scan, spec.preparation)
-    starts = window_starts(prepared.grid.shape, spec.window, spec.overlap)
-    with seconds.stage("load"):
-        sessions = open_sessions(
-            entry, windows=len(starts), engine=engine, precision=precision, device=device, threads=threads
-        )
-    return run(prepared, spec, sessions, starts, seconds=seconds, progress=progress)
+        plan = _plan(prepared, spec, None, max_ram_bytes)
+    with nullcontext(warm) if warm else WarmSessions() as pool:
+        with seconds.stage("load"):
+            opened = pool.open(
+                entry, windows=plan.windows, engine=engine, precision=precision, device=device, threads=threads
+            )
+            if max_ram_bytes is not None:
+                plan = _plan(prepared, spec, opened, max_ram_bytes)
+        planned(plan)
+        result = run(prepared, spec, opened.sessions, plan=plan, batch=opened.batch, seconds=seconds, progress=progress)
+        return replace(result, network_bytes=opened.memory_bytes)
 
 
-def open_sessions(
-    entry: LoadedEntry,
-    *,
-    windows: int,
-    engine: str = "auto",
-    precision: str = "fp32",
-    device: str = "cpu",
-    threads: int | None = None,
-) -> list[Session]:
-    """Load the networks of an entry, one session per member; arguments as for `segment`.
-
-    Args:
-        windows: how many will run, for the choice of `auto`.
-    """
-    chosen, why = choose_engine(engine, windows=windows, device=device, threads=threads)
-    spec = runnable(entry).spec
-    return [
-        chosen.open(entry.member_bytes(member), window=spec.window, batch=1, precision=precision, why=why)
-        for member in spec.members
-    ]
+def _plan(prepared: Prepared, spec: Entry, opened: Opened | None, max_ram_bytes: int | None) -> Plan:
+    """Return the plan for the memory there is: first without the networks, then beside them, warmed up."""
+    if max_ram_bytes is None:
+        return make_plan(prepared, spec, room_bytes=int(SHARE_OF_AVAILABLE * available_bytes()))
+    if opened is not None:
+        opened.warm_up(spec)
+    return make_plan(prepared, spec, room_bytes=max_ram_bytes - resident_bytes(), batch=opened.batch if opened else 1)
 
 
 def run(
     prepared: Prepared,
     spec: Entry,
     sessions: Sequence[Session],
-    starts: Sequence[Start],
     *,
+    plan: Plan | None = None,
+    batch: int = 1,
     seconds: Seconds | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Segmentation:
-    """Run loaded networks over a prepared scan: the part that validation shares with the appliance."""
-    seconds = seconds or Seconds()
-    expected = (1, spec.outputs, *spec.window)
-    with seconds.stage("windows and restore"):
-        outputs = infer(sessions, prepared.data, starts, expected, spec.tta, seconds)
-        slabs = blend(_counted(outputs, len(starts), progress), prepared.grid.shape, spec.window, spec.overlap)
-        labels = restore(slabs, prepared, decision(spec))
-    with seconds.stage("postprocess"):
-        labels = postprocess(labels, spec)
-    volumes = {label.id: volume_ml(labels.data[0], label.value, labels.grid) for label in spec.labels}
-    return Segmentation(labels, volumes, sessions[0].info, len(starts), seconds.by_stage)
-
-
-def infer(
-    sessions: Sequence[Session],
-    data: Logits,
-    starts: Sequence[Start],
-    expected: tuple[int, ...],
-    tta: Sequence[str],
-    seconds: Seconds,
-) -> Iterator[tuple[Start, Logits]]:
-    """Yield (start, logits (classes, *window)) of every window: the mean over members and mirrored copies.
+    """Run loaded networks over a prepared scan: the part that validation shares with the appliance.
 
     Args:
-        sessions: one per member.
-        data: (C, I, J, K), prepared.
-        starts: of the windows.
-        expected: (1, classes, *window), the shape that a session must return.
-        tta: axes mirrored, in all combinations.
-        seconds: where the time spent waiting for the engine goes.
+        prepared: the scan, axes i, j, k.
+        spec: the entry.
+        sessions: one per member, opened for `batch` windows.
+        plan: of `make_plan`; None for one sweep without blocks.
+        batch: windows per call of a session.
+        seconds: where the times go.
+        progress: called after every window.
     """
-    flips = mirrors(tta)
-    runs = len(sessions) * len(flips)
-    jobs = ((start, session, flip) for start in starts for session in sessions for flip in flips)
-    results = _run_ahead(jobs, data, expected, seconds)
-    for start in starts:
-        logits = next(results)
-        for _ in range(runs - 1):
-            logits = logits + next(results)
-        yield start, logits if runs == 1 else logits / np.float32(runs)
+    plan, seconds = plan or make_plan(prepared, spec, batch=batch), seconds or Seconds()
+    done = ran = 0
 
+    def count(by_engine: bool) -> None:
+        nonlocal done, ran
+        done, ran = done + 1, ran + by_engine
+        progress(done, plan.windows + plan.again)
 
-Job = tuple[Start, Session, tuple[int, ...]]
-"""Where a window starts, which network runs it, which axes are mirrored."""
-
-
-def _run_ahead(jobs: Iterable[Job], data: Logits, expected: tuple[int, ...], seconds: Seconds) -> Iterator[Logits]:
-    """Yield each job's logits (classes, *window), in order, while the next job already runs."""
-    under_way: deque[tuple[Job, Handle]] = deque()
-
-    def finish() -> Logits:
-        (_, session, flip), handle = under_way.popleft()
-        with seconds.stage("engine"):
-            logits = session.result(handle)
-        upright: Logits = np.flip(check_output(logits, expected, session.info.engine), flip)[0]
-        return upright
-
-    for job in jobs:
-        start, session, flip = job
-        with seconds.stage("engine"):
-            under_way.append((job, session.submit(_window(data, start, expected[2:], flip))))
-        if len(under_way) >= UNDER_WAY:
-            yield finish()
-    while under_way:
-        yield finish()
-
-
-def mirrors(tta: Sequence[str]) -> list[tuple[int, ...]]:
-    """Return every combination of mirrored batch axes, the unmirrored one first."""
-    axes = [AXIS_OF[axis] for axis in tta]
-    return [combination for size in range(len(axes) + 1) for combination in combinations(axes, size)]
-
-
-def _window(data: Logits, start: Start, window: Sequence[int], flip: tuple[int, ...]) -> Batch:
-    box = tuple(slice(a, a + w) for a, w in zip(start, window, strict=True))
-    return np.ascontiguousarray(np.flip(data[(slice(None), *box)][np.newaxis], flip))  # (1, C, *window)
-
-
-def _counted(outputs: Iterator[tuple[Start, Logits]], total: int, progress: Progress) -> Iterator[tuple[Start, Logits]]:
-    for done, output in enumerate(outputs, start=1):
-        yield output
-        progress(done, total)
+    swept = prepared.along(plan.along)
+    sweep = Sweep(swept, spec, plan.along, sessions, batch, decision(spec), seconds, count)
+    labels = np.zeros(swept.oriented.shape, sweep.decide.dtype)
+    with seconds.stage("sweep"):
+        for block in plan.blocks:
+            sweep.fill(labels, block)
+    with seconds.stage("postprocess"):
+        result = postprocess(swept.unorient(Volume(labels[np.newaxis], swept.oriented.affine)), spec)
+    volumes = {label.id: volume_ml(result.data[0], label.value, result.grid) for label in spec.labels}
+    held = sum(session.memory_bytes() for session in sessions)
+    return Segmentation(result, volumes, sessions[0].info, plan, ran, held, busy(seconds))

@@ -24,7 +24,7 @@ from dints_deploy.catalog.weights import SUMS_FILE, write_sums
 from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.files import make_folder, sync_folder, write_bytes, write_text
 from dints_deploy.runtime.evaluate import Evaluation, evaluate, unseen_cases
-from dints_deploy.runtime.segment import open_sessions
+from dints_deploy.runtime.sessions import open_sessions
 from dints_search.card import write_card
 from dints_search.evaluate import entry_of
 from dints_search.export import Exported, certificate, export_network

@@ -13,7 +13,7 @@ from dints_deploy.catalog.dataset import read_dataset
 from dints_deploy.runtime.engine import choose_engine
 from dints_deploy.runtime.evaluate import evaluate, unseen_cases
 from dints_deploy.runtime.parity import run_windows
-from dints_deploy.runtime.segment import open_sessions
+from dints_deploy.runtime.sessions import open_sessions
 
 ENTRY = "hippocampus"
 

@@ -26,7 +26,7 @@ from dints_deploy.files import sha256_file
 from dints_deploy.imaging.nifti import read_nifti
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.parity import Certificate, parity_status
-from dints_deploy.runtime.segment import open_sessions
+from dints_deploy.runtime.sessions import open_sessions
 from dints_search.card import write_card
 from dints_search.evaluate import entry_of
 from dints_search.export import Exported, export_network, real_windows

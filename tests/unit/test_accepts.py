@@ -14,7 +14,7 @@ from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.imaging.nifti import read_nifti
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.accepts import accepting, check_accepts
-from dints_deploy.runtime.preprocess import LABEL_LIKE_VALUES, check_voxels
+from dints_deploy.runtime.voxels import LABEL_LIKE_VALUES, check_voxels
 from tests.phantoms import ORIENTATIONS, Triple, affine, entry, noise
 
 LIMITS: dict[str, Any] = {

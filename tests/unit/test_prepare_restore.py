@@ -17,7 +17,8 @@ from dints_deploy.catalog.preparation import Identity, Preparation, Window, ZSco
 from dints_deploy.errors import ScanRefused
 from dints_deploy.imaging.volume import Grid, Volume
 from dints_deploy.runtime.blend import Logits, Slab, blend
-from dints_deploy.runtime.preprocess import Prepared, normalise, prepare
+from dints_deploy.runtime.intensity import normalise
+from dints_deploy.runtime.preprocess import Prepared, prepare
 from dints_deploy.runtime.restore import decision, label_dtype, restore
 from dints_deploy.runtime.window import Start, window_starts
 from tests.phantoms import (

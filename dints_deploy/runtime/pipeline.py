@@ -1,0 +1,93 @@
+"""Stages that overlap in time: a thread makes items ahead of their use, or uses them behind their making.
+
+The work releases Python's global lock (numpy, engines, unpacking), so threads are enough. Both forms hold few items,
+hand every exception to the caller, and leave no thread running, whichever side stops first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Queue
+from threading import Event
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+END: Final[Any] = object()
+"""Stands behind the last item."""
+
+
+def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+    """Yield the items in order, while another thread makes the next `depth` of them.
+
+    An exception of `items` is raised where its item would have come.
+    """
+    source = iter(items)
+    thread = ThreadPoolExecutor(1)
+    try:
+        making = deque(thread.submit(next, source, END) for _ in range(depth))
+        while (item := making.popleft().result()) is not END:
+            making.append(thread.submit(next, source, END))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def behind(work: Callable[[Iterator[T]], R], items: Iterable[T], depth: int = 1) -> R:
+    """Return `work(items)`, run in another thread while this one makes the items; at most `depth` of them wait.
+
+    An exception of `items` goes before one of `work`, which is only its consequence.
+    """
+    handed: Queue[T] = Queue(depth)
+    taken = iter(handed.get, END)
+    stopped = Event()
+
+    def working() -> R:
+        try:
+            return work(taken)
+        finally:
+            stopped.set()
+            deque(taken, maxlen=0)  # so that nobody waits for room in the queue
+
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(working)
+        try:
+            for item in items:
+                if stopped.is_set():
+                    break
+                handed.put(item)
+        finally:
+            handed.put(END)
+        return result.result()
+
+
+@dataclass
+class Seconds:
+    """Where the time went. Stages of different threads overlap: their sum may be more than the whole."""
+
+    by_stage: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a stage; each stage belongs to one thread."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.by_stage[name] = self.by_stage.get(name, 0.0) + time.perf_counter() - begin
+
+    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; the time that making them takes counts for a stage."""
+        source = iter(items)
+        while True:
+            with self.stage(name):
+                item = next(source, END)
+            if item is END:
+                return
+            yield item

@@ -1,0 +1,106 @@
+"""Networks that stay loaded: the sessions of an entry, opened once and used for every scan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from dints_deploy.catalog.catalog import LoadedEntry, runnable
+from dints_deploy.catalog.entry import Entry
+from dints_deploy.runtime.certified import choose_networks
+from dints_deploy.runtime.engine import Session
+from dints_deploy.runtime.infer import mirrors
+from dints_deploy.runtime.rss import resident_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """The loaded networks of an entry.
+
+    Attributes:
+        sessions: one per member.
+        batch: windows per call.
+        memory_bytes: what the networks hold: as the engine tells, else what the process grew by when they were loaded.
+    """
+
+    sessions: tuple[Session, ...]
+    batch: int
+    memory_bytes: int
+
+    def warm_up(self, spec: Entry) -> None:
+        """Run empty windows, so that the memory that running takes is held before the rest is planned."""
+        empty = np.zeros((self.batch, len(spec.channels), *spec.window), np.float32)
+        for session in self.sessions:
+            for handle in [session.submit(empty), session.submit(empty)]:
+                session.result(handle)
+
+
+class WarmSessions:
+    """Opened networks by entry and setting. Use it as a context; leaving it drops them.
+
+    A setting of `auto` is decided by the first scan that an entry gets, and kept.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[tuple[object, ...], Opened] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop all networks."""
+        self._opened.clear()
+
+    def open(
+        self,
+        entry: LoadedEntry,
+        *,
+        windows: int,
+        engine: str = "auto",
+        precision: str = "fp32",
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> Opened:
+        """Return the networks of an entry, loaded now or before; arguments and errors as for `open_sessions`."""
+        weights = tuple(entry.digests[member.onnx] for member in entry.spec.members)
+        key = (weights, entry.spec.window, engine, precision, device, threads)
+        if key not in self._opened:
+            before = resident_bytes()
+            sessions = open_sessions(
+                entry, windows=windows, engine=engine, precision=precision, device=device, threads=threads
+            )
+            told = sum(session.memory_bytes() for session in sessions)
+            self._opened[key] = Opened(tuple(sessions), 1, told or max(0, resident_bytes() - before))
+        return self._opened[key]
+
+
+def open_sessions(
+    entry: LoadedEntry,
+    *,
+    windows: int,
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "cpu",
+    threads: int | None = None,
+) -> list[Session]:
+    """Load the networks of an entry, one session per member.
+
+    Args:
+        entry: with weights.
+        windows: how many will run, for the choice of `auto`; each runs once per member and mirrored copy.
+        engine, precision, device, threads: as for `segment`.
+
+    Raises:
+        UsageError, EntryError, EngineError: as for `segment`.
+    """
+    spec = runnable(entry).spec
+    runs = windows * len(spec.members) * len(mirrors(spec.tta))
+    chosen, networks, why = choose_networks(
+        entry, windows=runs, engine=engine, precision=precision, device=device, threads=threads
+    )
+    return [chosen.open(network, window=spec.window, batch=1, precision=precision, why=why) for network in networks]

@@ -1,0 +1,118 @@
+"""Stages that overlap in time keep the order, hold few items, hand every error over, and leave no thread behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from dints_deploy.runtime.pipeline import Seconds, ahead, behind
+
+
+class BrokenError(Exception):
+    """What a stage raises in these tests."""
+
+
+def failing_after(count: int) -> Iterator[int]:
+    """Yield 0, 1 ... and then fail."""
+    yield from range(count)
+    raise BrokenError
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_items_come_in_order(depth: int) -> None:
+    assert list(ahead(range(50), depth)) == list(range(50))
+    assert behind(list, iter(range(50)), depth) == list(range(50))
+    assert list(ahead([], depth)) == behind(list, iter([]), depth) == []
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_next_items_are_made_while_one_is_used_and_no_more_than_told(depth: int) -> None:
+    made: list[int] = []
+    reached = threading.Event()
+
+    def items() -> Iterator[int]:
+        for n in range(10):
+            made.append(n)
+            if n == depth:
+                reached.set()
+            yield n
+
+    source = ahead(items(), depth)
+    assert next(source) == 0
+    assert reached.wait(10)  # made while item 0 is held
+    assert made == list(range(depth + 1))
+    source.close()  # type: ignore[attr-defined]
+    assert len(made) <= depth + 2
+
+
+def test_an_error_of_the_items_comes_where_its_item_would_have_come() -> None:
+    source = ahead(failing_after(3))
+    assert [next(source) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(BrokenError):
+        next(source)
+
+
+def test_an_error_of_the_items_ends_the_work_behind_and_is_the_one_told() -> None:
+    def work(items: Iterator[int]) -> int:
+        if len(list(items)) < 10:
+            raise ValueError("only a consequence")
+        return 1
+
+    with pytest.raises(BrokenError):
+        behind(work, failing_after(3))
+
+
+def test_an_error_of_the_work_stops_the_items() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for n in range(1_000_000):
+            made.append(n)
+            yield n
+
+    def work(items: Iterator[int]) -> None:
+        next(items)
+        raise BrokenError
+
+    with pytest.raises(BrokenError):
+        behind(work, items())
+    assert len(made) < 1000
+
+
+def test_work_that_needs_no_more_items_ends_the_making() -> None:
+    assert behind(next, failing_after(1_000_000)) == 0
+
+
+def test_an_interrupt_while_waiting_ends_both_threads() -> None:
+    """Ctrl-C raises KeyboardInterrupt in the main thread, wherever it is."""
+
+    def interrupted() -> Iterator[int]:
+        yield 0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        behind(list, ahead(interrupted()))
+
+
+def test_busy_time_of_each_stage_is_added_up() -> None:
+    seconds = Seconds()
+    pause = threading.Event()
+
+    def slow() -> Iterator[int]:
+        for n in range(3):
+            pause.wait(0.02)
+            yield n
+
+    assert list(seconds.each("slow", slow())) == [0, 1, 2]
+    with seconds.stage("quick"):
+        pass
+    assert seconds.by_stage["slow"] > 0.05 > seconds.by_stage["quick"]
