@@ -9,6 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from pydantic import Field
+
 from benchmarks.machine import description
 from dints_deploy.catalog.dataset import Dataset
 from dints_deploy.catalog.strict import Strict, read_json
@@ -105,6 +107,7 @@ class Record(Strict):
         draws: random networks looked at until one had the wanted cost.
         scores: of `Evaluation.as_dict`: summary, and Dice and NSD per case.
         gap: of a searched arm.
+        labels: name of each label value.
     """
 
     schema_version: Literal[1]
@@ -124,6 +127,7 @@ class Record(Strict):
     retrain_s: float
     scores: dict[str, Any]
     gap: GapTable | None
+    labels: dict[int, str] = Field(default_factory=dict)
 
 
 def run_arm(plan: Plan, arm: Arm) -> Record:
@@ -159,6 +163,7 @@ def run_arm(plan: Plan, arm: Arm) -> Record:
         retrain_s=_retrain_seconds(run),
         scores=evaluation.as_dict(),
         gap=gap,
+        labels=plan.recipe.label_names,
     )
     write_text(make_folder(plan.records) / record_path(plan, arm).name, record.model_dump_json(indent=1) + "\n")
     return record

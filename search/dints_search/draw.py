@@ -49,11 +49,14 @@ Segment = tuple[Point, Point]
 def draw_architecture(genotype: Genotype, path: Path, *, title: str = "") -> tuple[Path, Path]:
     """Draw a genotype to `path` with the suffixes .svg and .png; return both.
 
-    Idle nodes are small and grey, idle edges hairlines. Squares are the stems and the head, which are not searched.
-
     Raises:
         OutputError: the files cannot be written.
     """
+    return save_vector_and_pixels(architecture_figure(genotype, title=title), path)
+
+
+def architecture_figure(genotype: Genotype, *, title: str = "") -> Figure:
+    """Draw a genotype: idle nodes small and grey, idle edges hairlines, squares for the stems and the head."""
     space = SearchSpace(genotype.num_blocks, genotype.num_depths)
     active = np.array(genotype.edge_active, dtype=bool)
     operations = np.array(genotype.edge_operation)
@@ -68,7 +71,7 @@ def draw_architecture(genotype: Genotype, path: Path, *, title: str = "") -> tup
     counts = [int((active & (operations == o)).sum()) for o in range(len(OPERATIONS))]
     labels = [f"{name}  ({count})" for name, count in zip(NAMES, counts, strict=True)]
     _legend(axes, space, labels, dashed=True)
-    return save_vector_and_pixels(figure, path)
+    return figure
 
 
 def draw_relaxation(parameters: ArchitectureParameters, path: Path, *, title: str = "") -> tuple[Path, Path]:

@@ -1,0 +1,239 @@
+"""Write docs/results.md from the records of `benchmarks.search_vs_random`.
+
+    python -m benchmarks.results [--runs RECORDS]
+
+With --runs, the records of that folder are copied to docs/results first; the page is made from what lies there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.arms import Record, read_record
+from benchmarks.bootstrap import LEVEL, RESAMPLES, Interval, paired_interval
+from benchmarks.machine import ROOT
+from dints_deploy.files import write_text
+from dints_search.draw import architecture_figure, save_figure
+from dints_search.gap import INHERITED, RETRAINED, SEARCH_NETWORK
+from dints_search.genotype import parse_genotype
+
+RECORDS = ROOT / "docs" / "results"
+
+HEAD = """# Search against chance
+
+Made by `python -m benchmarks.results` from `docs/results/*.json`; do not edit.
+
+Searched networks and random ones of about the same work are retrained alike and measured on the validation part of the
+fold, which no search, no training and no choice has seen. Random networks are uniform over the feasible topologies and
+over the operations of their active edges, given that their multiply-adds are within 5 % of the network found at sigma
+0.5. Small searches of small networks on one task: they say what is said here and no more. Research use only.
+"""
+
+Groups = dict[str, list[Record]]
+"""The records of an arm's seeds, by the arm's name without its seed."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="folder of records to copy to docs/results")
+    options = parser.parse_args()
+    if options.runs:
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        for path in sorted(options.runs.glob("*.json")):
+            shutil.copyfile(path, RECORDS / path.name)
+    records = read_records(RECORDS)
+    draw_all(records, RECORDS)
+    write_text(ROOT / "docs" / "results.md", page(records))
+    print(ROOT / "docs" / "results.md")
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Return all records: searched before random ones, by sigma or number, by seed."""
+    records = [read_record(path) for path in folder.glob("*.json")]
+    return sorted(records, key=lambda record: (record.kind != "searched", record.figure, record.seed))
+
+
+def draw_all(records: Sequence[Record], folder: Path) -> None:
+    """Draw every network beside its record."""
+    for record in records:
+        figure = architecture_figure(parse_genotype(json.dumps(record.genotype)), title=record.arm)
+        save_figure(figure, folder / f"{record.arm}.svg")
+
+
+def page(records: Sequence[Record]) -> str:
+    """Return the page."""
+    if not records:
+        return HEAD + "\nNo arm is recorded yet.\n"
+    groups = grouped(records)
+    parts = [HEAD, _setting(records), "## Networks\n", _networks(records), "## Scores\n", _scores(records)]
+    parts += ["## Differences\n", _differences(groups), "## Verdict\n", verdict(groups)]
+    parts += ["## Discretisation gap\n", _gaps(records), "## Pictures\n"]
+    parts += [f"![{record.arm}](results/{record.arm}.svg)\n" for record in records]
+    return "\n".join(parts)
+
+
+def grouped(records: Sequence[Record]) -> Groups:
+    """Return the records by arm without seed, in their order."""
+    groups: Groups = {}
+    for record in records:
+        groups.setdefault(record.arm.rpartition("-seed-")[0], []).append(record)
+    return groups
+
+
+def case_scores(record: Record, score: str = "dice") -> dict[str, float]:
+    """Return the mean over the labels of every case."""
+    cases: dict[str, dict[str, Any]] = record.scores["cases"]
+    present = {
+        name: [label[score] for label in labels.values() if label[score] is not None] for name, labels in cases.items()
+    }
+    return {name: fmean(values) for name, values in sorted(present.items()) if values}
+
+
+def pooled(records: Sequence[Record]) -> dict[str, float]:
+    """Return the mean over the records of every case's score."""
+    each = [case_scores(record) for record in records]
+    return {case: fmean(scores[case] for scores in each) for case in each[0]}
+
+
+def compare(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval:
+    """Return the difference of two pools of records over the cases that both have."""
+    a, b = pooled(ours), pooled(theirs)
+    cases = [case for case in a if case in b]
+    return paired_interval([a[case] for case in cases], [b[case] for case in cases])
+
+
+def verdict(groups: Groups) -> str:
+    """Say what the intervals say, in words."""
+    searched = {name: found for name, found in groups.items() if found[0].kind == "searched"}
+    drawn = [record for found in groups.values() for record in found if record.kind == "random"]
+    if not searched or not drawn:
+        return "Nothing can be said yet: it takes searched and random networks.\n"
+    intervals = {name: compare(found, drawn) for name, found in searched.items()}
+    said = {kind: [n for n, i in intervals.items() if i.verdict == kind] for kind in ("better", "worse")}
+    means = [fmean(case_scores(record).values()) for record in drawn]
+    spread = f"The random networks differ among themselves by {max(means) - min(means):.4f}."
+    if not said["better"] and not said["worse"]:
+        line = "**No difference**: no searched network differs from the random ones by more than chance explains."
+    elif not said["worse"] and len(said["better"]) == len(searched):
+        line = "**Search beats chance** here: every searched network is better than the random ones."
+    elif not said["better"] and len(said["worse"]) == len(searched):
+        line = "**Search does worse than chance** here: every searched network is worse than the random ones."
+    else:
+        parts = [f"{', '.join(names)} {kind}" for kind, names in said.items() if names]
+        line = f"**Mixed**: {'; '.join(parts)} than the random ones, the others no different."
+    limits = "The intervals resample cases only: with few networks of each kind they understate what is not known."
+    return f"{line} {spread} {limits}\n"
+
+
+def _setting(records: Sequence[Record]) -> str:
+    first = records[0]
+    searching: dict[str, Any] = next((r.settings["search"] for r in records if r.settings["search"]), {})
+    retraining = first.settings["retraining"]
+    cases = first.scores["summary"]["cases"]
+    commits = sorted({record.commit[:10] + "+" * record.commit.endswith("+") for record in records})
+    machines = sorted({f"{r.machine['processor']}, {r.machine['threads']} threads" for r in records})
+    devices = sorted({r.machine["device"] for r in records})
+    lines = [
+        f"- {first.task}, fold {first.fold}, {cases} validation cases, window {_x(first.settings['window'])}",
+        f"- search: {searching.get('steps')} iterations of {searching.get('batch')} patches, "
+        f"{searching.get('num_blocks')} blocks, {searching.get('num_depths')} levels, "
+        f"channel multiplier {searching.get('channel_multiplier')}, {searching.get('precision')}",
+        f"- retraining: {retraining['steps']} steps of {retraining['batch']} patches, "
+        f"channel multiplier {retraining['channel_multiplier']}, {retraining['precision']}, the same for all",
+        f"- {', '.join(devices)}: {'; '.join(machines)}; commits {', '.join(commits)} (+ with changes)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _networks(records: Sequence[Record]) -> str:
+    columns: dict[str, Callable[[Record], str]] = {
+        "network": lambda r: r.arm,
+        "edges": lambda r: str(sum(map(sum, r.genotype["edge_active"]))),
+        "parameters M": lambda r: f"{r.cost['parameters'] / 1e6:.2f}",
+        "GMAC": lambda r: f"{r.cost['gmac']:.3f}",
+        "saved activations MiB": lambda r: f"{r.cost['saved_mib']:.1f}",
+        "search min": lambda r: _minutes(r.search_s),
+        "retraining min": lambda r: _minutes(r.retrain_s),
+        "draws": lambda r: "-" if r.draws is None else str(r.draws),
+    }
+    return _table(list(columns), [[cell(r) for cell in columns.values()] for r in records])
+
+
+def _scores(records: Sequence[Record]) -> str:
+    labels = list(records[0].scores["summary"]["labels"])
+    names = [records[0].labels.get(int(label), f"label {label}") for label in labels]
+    columns = ["network", *(f"Dice, {n}" for n in names), "Dice, mean", *(f"NSD, {n}" for n in names), "NSD, mean"]
+    rows = []
+    for record in records:
+        summary = record.scores["summary"]
+        cells = [record.arm]
+        for score in ("dice", "nsd"):
+            cells += [_score(summary["labels"][label][score]) for label in labels]
+            cells.append(_score(summary["mean"][score]))
+        rows.append(cells)
+    return _table(columns, rows)
+
+
+def _differences(groups: Groups) -> str:
+    drawn = [record for found in groups.values() for record in found if record.kind == "random"]
+    about = (
+        f"Mean difference in Dice, case by case, with its {LEVEL:.0%} interval from {RESAMPLES} bootstrap samples of "
+        "the cases. Seeds of one network are averaged first.\n"
+    )
+    rows = []
+    for name, found in groups.items():
+        if found[0].kind == "searched" and drawn:
+            rows.append([name, "all random", *_cells(compare(found, drawn))])
+    for (name, found), (other, others) in combinations(groups.items(), 2):
+        rows.append([name, other, *_cells(compare(found, others))])
+    return about + "\n" + _table(["network", "against", "difference", "interval", ""], rows)
+
+
+def _cells(interval: Interval) -> list[str]:
+    return [f"{interval.mean:+.4f}", f"{interval.low:+.4f} to {interval.high:+.4f}", interval.verdict]
+
+
+def _gaps(records: Sequence[Record]) -> str:
+    measured = [record for record in records if record.gap is not None]
+    names = sorted({row.name for r in measured if r.gap for row in r.gap.rows if row.stage == INHERITED})
+    common = [name for name in names if not name.startswith("dints, at most")]
+    about = (
+        "Dice on cases of the training part that neither the search nor the retraining has seen: of the search "
+        "network, of what each decoder makes of it with inherited weights (- where it makes no network), after "
+        "retraining.\n"
+    )
+    rows = []
+    for record in measured:
+        if record.gap is not None:
+            inherited = [_score(record.gap.dice(INHERITED, name)) for name in common]
+            ends = [_score(record.gap.dice(SEARCH_NETWORK)), _score(record.gap.dice(RETRAINED, "dints"))]
+            rows.append([record.arm, str(len(record.gap.cases)), ends[0], *inherited, ends[1]])
+    return about + "\n" + _table(["search", "cases", "search network", *common, "retrained"], rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _minutes(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds / 60:.1f}"
+
+
+def _x(sizes: Sequence[int]) -> str:
+    return "x".join(str(n) for n in sizes)
+
+
+if __name__ == "__main__":
+    main()
