@@ -80,7 +80,7 @@ SELECT * FROM study WHERE state = 'receiving' AND due_s <= :now ORDER BY due_s L
 SELECT min(due_s) FROM study WHERE state = 'receiving';
 
 -- judge_later
-UPDATE study SET due_s = :due WHERE id = :id AND changes = :changes AND state = 'receiving';
+UPDATE study SET due_s = :due, reason = :reason WHERE id = :id AND changes = :changes AND state = 'receiving';
 
 -- (Of the content since the last revision.)
 -- study_associations
@@ -207,3 +207,104 @@ SELECT state, count(*) AS number FROM delivery WHERE job_id = :job GROUP BY stat
 
 -- failed_delivery
 SELECT code, message FROM delivery WHERE job_id = :job AND state = 'failed' ORDER BY destination LIMIT 1;
+
+-- (Retention)
+
+-- object_needed
+SELECT 1 FROM instance WHERE sha256 = :sha256 AND stored LIMIT 1;
+
+-- stored_objects
+SELECT DISTINCT sha256 FROM instance WHERE stored;
+
+-- jobs_with_files
+SELECT id FROM job WHERE files <> '{}';
+
+-- (Studies whose last job ended long ago, and that still have objects.)
+-- studies_to_empty
+SELECT s.* FROM study s WHERE s.state = 'complete' AND s.arrived_s < :before
+AND EXISTS (SELECT 1 FROM instance i WHERE i.study_id = s.id AND i.stored)
+AND NOT EXISTS (SELECT 1 FROM job j WHERE j.study_id = s.id
+  AND (j.state NOT IN ('done', 'refused', 'superseded') OR j.finished_s > :before));
+
+-- finished_studies
+SELECT s.* FROM study s WHERE s.state = 'complete' AND s.arrived_s < :before
+AND NOT EXISTS (SELECT 1 FROM job j WHERE j.study_id = s.id
+  AND (j.state NOT IN ('done', 'refused', 'superseded') OR j.finished_s > :before));
+
+-- quarantined_studies
+SELECT s.* FROM study s WHERE s.state = 'complete' AND s.arrived_s < :before
+AND EXISTS (SELECT 1 FROM job j WHERE j.study_id = s.id AND j.state = 'quarantined')
+AND NOT EXISTS (SELECT 1 FROM job j WHERE j.study_id = s.id
+  AND (j.state IN ('queued', 'running', 'delivering') OR max(j.due_s, coalesce(j.finished_s, 0.0)) > :before));
+
+-- (Not while a job is under way: what was asked for may have come again.)
+-- studies_to_purge
+SELECT s.* FROM study s WHERE s.purge AND NOT EXISTS (
+  SELECT 1 FROM job j WHERE j.study_id = s.id AND j.state IN ('queued', 'running', 'delivering'));
+
+-- objects_of_study
+SELECT DISTINCT sha256 FROM instance WHERE study_id = :study AND stored;
+
+-- jobs_of_study
+SELECT id, state FROM job WHERE study_id = :study;
+
+-- delete_study
+DELETE FROM study WHERE id = :study;
+
+-- forget_objects
+UPDATE instance SET stored = 0 WHERE study_id = :study;
+
+-- forget_associations
+DELETE FROM association WHERE state <> 'open' AND id NOT IN (
+  SELECT association FROM instance WHERE association IS NOT NULL);
+
+-- (For the operator)
+
+-- list_jobs
+SELECT j.*, s.key FROM job j JOIN study s ON s.id = j.study_id WHERE :state IS NULL OR j.state = :state
+ORDER BY j.state = 'quarantined' DESC, j.created_s DESC, j.id LIMIT :limit;
+
+-- receiving_studies
+SELECT s.key, s.reason, (SELECT count(*) FROM instance i WHERE i.study_id = s.id) AS objects
+FROM study s WHERE s.state = 'receiving' ORDER BY s.arrived_s;
+
+-- jobs_like
+SELECT j.*, s.key FROM job j JOIN study s ON s.id = j.study_id WHERE j.id GLOB :name || '*' LIMIT 10;
+
+-- deliveries_of_job
+SELECT * FROM delivery WHERE job_id = :job ORDER BY destination;
+
+-- conflicts
+SELECT sha256 FROM instance WHERE study_id = :study AND role = 'conflict' ORDER BY id;
+
+-- retry_job
+UPDATE job SET state = :state, due_s = :now, attempts = 0, crashes = 0, interruptions = 0, code = '', message = '',
+  finished_at = NULL WHERE id = :id;
+
+-- retry_deliveries
+UPDATE delivery SET state = 'pending', due_s = 0, attempts = 0 WHERE job_id = :job AND state IN ('failed', 'cancelled');
+
+-- (The job runs again, and its result goes to every destination.)
+-- renew_deliveries
+UPDATE delivery SET state = 'pending', due_s = 0, attempts = 0, finished_at = NULL WHERE job_id = :job;
+
+-- quarantine_job
+UPDATE job SET state = 'quarantined', lease = NULL, lease_until_s = NULL, code = 'operator',
+  message = 'an operator stopped it' WHERE id = :id;
+
+-- mark_purged
+UPDATE study SET purge = 1 WHERE id = :study;
+
+-- (For health)
+
+-- study_states
+SELECT state, count(*) AS number FROM study GROUP BY state;
+
+-- job_states
+SELECT state, count(*) AS number FROM job GROUP BY state;
+
+-- all_delivery_states
+SELECT d.destination, d.state, count(*) AS number FROM delivery d GROUP BY d.destination, d.state;
+
+-- oldest_queued
+SELECT min(created_s) FROM job WHERE state = 'queued';

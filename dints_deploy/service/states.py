@@ -2,7 +2,7 @@
 
     study      receiving <-> complete
     job        queued <-> running -> delivering -> done | refused
-    delivery   pending -> sent | failed
+    delivery   pending -> sent | failed | cancelled
 
 A job may be superseded at any time, when its study grows; quarantine is left only by an operator's retry. The database
 checks every change of state against these tables by triggers, so that no program can make another one.
@@ -68,6 +68,7 @@ DELIVERY_TRANSITIONS: Final[frozenset[tuple[str, str]]] = frozenset(
         ("failed", "cancelled"),
         ("cancelled", "pending"),  # by an operator
         ("cancelled", "sent"),  # it was on its way
+        ("sent", "pending"),  # by an operator: the job runs again
     }
 )
 

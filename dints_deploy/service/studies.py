@@ -10,14 +10,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from dints_deploy.config.delivery import Route
 from dints_deploy.dicom.instance import Instance
 from dints_deploy.dicom.series import Study, opened
-from dints_deploy.errors import ScanRefused
+from dints_deploy.errors import DintsError, ScanRefused
 from dints_deploy.service.audit import record
 from dints_deploy.service.fault import reach
 from dints_deploy.service.intake import SHORT, object_path
@@ -25,6 +25,12 @@ from dints_deploy.service.model import Evidence, RouteMatch, StudyFacts, Verdict
 from dints_deploy.service.store import Row, Store
 
 LOGGER: Final = logging.getLogger(__name__)
+
+FAULT_S: Final = 60.0
+"""Before a study is judged again that could not be judged by a fault of the software."""
+
+AGAIN_S: Final = 0.05
+"""Least time between two judgements of a study."""
 
 Judge = Callable[[Evidence, float], Verdict]
 Ask = Callable[[Sequence[str], str], Mapping[str, int]]
@@ -53,21 +59,38 @@ class Rules:
 
 def judge_due(store: Store, data_dir: Path, rules: Rules) -> float | None:
     """Judge every study whose time has come; return when the next one is due."""
-    counts: dict[int, Mapping[str, int]] = {}
     while (study := store.row("due_study", {"now": store.clock.now()})) is not None:
-        verdict = rules.judge(evidence_of(store, study, counts.get(study["id"])), store.clock.now())
-        if verdict.complete:
-            _complete(store, data_dir, rules, study, verdict)
-        elif verdict.ask and study["id"] not in counts:
-            counts[study["id"]] = _ask(store, rules, study)
-        else:
-            later = max(verdict.again_s, store.clock.now() + 0.05)
-            store.run("judge_later", {"id": study["id"], "changes": study["changes"], "due": later})
+        try:
+            _judge(store, data_dir, rules, study)
+        except DintsError:
+            raise
+        except Exception:  # one study that cannot be judged must not keep the others waiting
+            LOGGER.exception(
+                "a study cannot be judged", extra={"action": "judge_failed", "study": study["key"][:SHORT]}
+            )
+            _later(store, study, store.clock.now() + FAULT_S, "it could not be judged: see the log")
     row = store.row("next_due_study")
     return None if row is None else row[0]
 
 
-def evidence_of(store: Store, study: Row, counts: Mapping[str, int] | None = None) -> Evidence:
+def _judge(store: Store, data_dir: Path, rules: Rules, study: Row) -> None:
+    evidence = evidence_of(store, study)
+    verdict = rules.judge(evidence, store.clock.now())
+    if verdict.ask and evidence.instances:
+        counts = rules.ask(evidence.calling, evidence.instances[0].StudyInstanceUID)
+        verdict = rules.judge(replace(evidence, counts=counts), store.clock.now())
+    if verdict.complete:
+        _complete(store, data_dir, rules, study, verdict)
+    else:
+        _later(store, study, max(verdict.again_s, store.clock.now() + AGAIN_S), verdict.reason)
+
+
+def _later(store: Store, study: Row, due_s: float, reason: str) -> None:
+    values = {"id": study["id"], "changes": study["changes"], "due": due_s, "reason": reason}
+    store.run("judge_later", values)
+
+
+def evidence_of(store: Store, study: Row) -> Evidence:
     """Return what is known about a study."""
     values = {"study": study["id"]}
     associations = {row["state"]: row["number"] for row in store.rows("study_associations", values)}
@@ -77,7 +100,6 @@ def evidence_of(store: Store, study: Row, counts: Mapping[str, int] | None = Non
         open_associations=associations.get("open", 0),
         aborted_associations=associations.get("aborted", 0),
         calling=tuple(sorted({row["calling"] for row in store.rows("senders", values)} - {""})),
-        counts=counts,
         revision=study["revision"],
     )
 
@@ -91,12 +113,8 @@ def _instances(store: Store, study: Row) -> list[Instance]:
 
 def _instance(fields: dict[str, Any]) -> Instance:
     """Return the header record that was stored as JSON, which knows no tuples."""
-    return Instance(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-
-
-def _ask(store: Store, rules: Rules, study: Row) -> Mapping[str, int]:
-    evidence = evidence_of(store, study)
-    return rules.ask(evidence.calling, evidence.instances[0].StudyInstanceUID) if evidence.instances else {}
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Instance(**known)
 
 
 def _complete(store: Store, data_dir: Path, rules: Rules, study: Row, verdict: Verdict) -> None:
@@ -107,8 +125,8 @@ def _complete(store: Store, data_dir: Path, rules: Rules, study: Row, verdict: V
     routes = [rules.routes[match.route] for match in matches if match.taken]
     if seal(store, study, verdict.reason, routes):
         reach("seal-after")
-        about = {"action": "study_complete", "study": study["key"][:SHORT], "routes": [route.name for route in routes]}
-        LOGGER.info("a study is complete: %s", verdict.reason, extra=about)
+        about = {"action": "study_complete", "study": study["key"][:SHORT], "reason": verdict.reason}
+        LOGGER.info("a study is complete", extra=about | {"routes": ", ".join(route.name for route in routes)})
 
 
 def _facts(store: Store, data_dir: Path, rules: Rules, study: Row) -> StudyFacts:
