@@ -4,12 +4,14 @@ VENV := .venv
 DEMO_VENV := .venv-demo
 PIP := pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check check-gpu test-gpu stubs format bench clean
 
 help:
 	@echo "make demo    install the appliance without torch, segment a real scan, show the result"
 	@echo "make test    install what the tests need, check the code, run all tests"
 	@echo "make check   ruff, mypy --strict, import contracts"
+	@echo "make check-gpu  mypy --strict of the TensorRT code against its real signatures; needs no GPU"
+	@echo "make test-gpu   the tests that need a GPU, in an environment with the [gpu] extra"
 	@echo "make format  let ruff format the code"
 
 $(DEMO_VENV)/done: pyproject.toml constraints.txt CHANGELOG.md
@@ -33,10 +35,24 @@ check: $(VENV)/done
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+GPU_CODE := $(addprefix dints_deploy/runtime/,cuda.py tensorrt_log.py tensorrt_build.py tensorrt_engine.py) tests/gpu
+
+stubs: typings/tensorrt
+
+typings/tensorrt: tests/gpu/stubs.sh
+	tests/gpu/stubs.sh typings
+	touch $@
+
+check-gpu: $(VENV)/done typings/tensorrt
+	MYPYPATH=typings:search $(VENV)/bin/mypy --cache-dir .mypy_cache/gpu $(GPU_CODE)
+
+test-gpu: $(VENV)/done
+	$(VENV)/bin/pytest tests/gpu
+
 # Apart from each other, so that native code that fails in one group (three engines beside torch) cannot take another
 # with it.
 test: check
-	$(VENV)/bin/pytest tests/contract
+	$(VENV)/bin/pytest tests/contract tests/gpu
 	$(VENV)/bin/pytest tests/acceptance tests/architecture tests/integration
 	$(VENV)/bin/pytest tests/unit
 
