@@ -16,7 +16,7 @@ from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
 from dints_deploy.files import replacing, write_text
 from dints_deploy.runtime.evaluate import Evaluation, check_labels, evaluate, unseen_cases
-from dints_deploy.runtime.segment import open_sessions
+from dints_deploy.runtime.sessions import open_sessions
 
 MANY_WINDOWS = 1_000
 """An evaluation runs many windows: `auto` chooses for throughput."""

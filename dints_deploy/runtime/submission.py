@@ -22,7 +22,6 @@ from dints_deploy.runtime.accepts import check_accepts
 from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.preprocess import prepare
 from dints_deploy.runtime.segment import run
-from dints_deploy.runtime.window import window_starts
 
 ZIP_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 """The time written for every file, so that equal predictions give equal archives."""
@@ -77,8 +76,7 @@ def _predict(case: str, image: Path, path: Path, spec: Entry, sessions: Sequence
         prepared = prepare(scan, spec.preparation)
     except ScanRefused as refusal:
         raise ScanRefused(refusal.code, f"case {case}: {refusal.message}") from refusal
-    starts = window_starts(prepared.grid.shape, spec.window, spec.overlap)
-    result = run(prepared, spec, sessions, starts)
+    result = run(prepared, spec, sessions)
     write_nifti(path, result.labels)
 
 
