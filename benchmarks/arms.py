@@ -208,7 +208,7 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> Genotype:
 
 
 def _gap(plan: Plan, found: Found, recipe: Recipe) -> GapTable:
-    genotypes = all_decoded(found.network, recipe)
+    genotypes = all_decoded(found.network)
     dints = genotypes["dints"]
     if isinstance(dints, Genotype):  # half of its work, to have a budget that is in force
         half = plan.work.of(dints) / 2

@@ -74,7 +74,7 @@ class GapTable(Strict):
         return next((row.dice for row in self.rows if (row.stage, row.name) == (stage, name)), None)
 
 
-def all_decoded(supernet: Supernet, recipe: Recipe, chosen: Chosen | None = None) -> dict[str, Genotype | Infeasible]:
+def all_decoded(supernet: Supernet, chosen: Chosen | None = None) -> dict[str, Genotype | Infeasible]:
     """Return the network of every decoder, and the chosen one under a budget by the budget's name."""
     parameters = supernet.architecture
     found: dict[str, Genotype | Infeasible] = {name: decoder(parameters) for name, decoder in DECODERS.items()}
