@@ -21,7 +21,7 @@ from dints_search.augment import Augmenter
 from dints_search.bilevel import architecture_step, parameters_of, unrolled_step, weights_step
 from dints_search.checkpoint import load_checkpoint, save_checkpoint
 from dints_search.cost import CostTable, Setting, memory_table, reference_memory
-from dints_search.dataset import Patches, load_cases
+from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
 from dints_search.losses import ArchitectureLoss, architecture_loss
 from dints_search.metrics import Figures, Metrics
 from dints_search.recipe import Recipe
@@ -109,6 +109,7 @@ def search(
         DatasetError: a bad case, settings that do not fit, another configuration in `folder`, a damaged checkpoint.
     """
     check_window(recipe)
+    check_dataset(dataset, recipe)
     training, _ = dataset.fold(fold)
     parts = split_training(training, seed=seed, held_out=recipe.search.held_out)
     with joined(device) as (world, place):
@@ -204,8 +205,10 @@ def _source(recipe: Recipe, part: Sequence[Case], world: World, device: str, *, 
     """Return this process's batches of one part, from an iteration on."""
     settings = recipe.search
     window = search_window(recipe)
+    cases = load_cases(part, recipe.preparation.model_copy(update={"window": window}), recipe.label_names)
+    check_classes(cases, recipe.label_names)
     patches = Patches(
-        load_cases(part, recipe.preparation.model_copy(update={"window": window}), recipe.label_names),
+        cases,
         window=window,
         foreground=recipe.retraining.foreground,
         augmenter=Augmenter(recipe.retraining.augmentation, recipe.channels),
