@@ -17,19 +17,10 @@ from dints_deploy.catalog.strict import Strict, read_json
 from dints_deploy.errors import DatasetError
 from dints_deploy.files import make_folder, write_text
 from dints_search.choice import Choice, deployed_setting
-from dints_search.conclude import conclude
+from dints_search.conclude import conclude, report
 from dints_search.cost import CostTable, work_table
 from dints_search.evaluate import evaluate_run
-from dints_search.gap import (
-    GAP_FILE,
-    GapTable,
-    all_decoded,
-    measure_gap,
-    measure_retrained,
-    read_gap,
-    within_work,
-    write_gap,
-)
+from dints_search.gap import GAP_FILE, GapTable, measure_retrained, read_gap, write_gap
 from dints_search.genotype import Genotype, read_genotype
 from dints_search.matched import sample_within
 from dints_search.metrics import read_metrics
@@ -37,7 +28,7 @@ from dints_search.profile import Counts, count
 from dints_search.recipe import Recipe
 from dints_search.retrain import retrain
 from dints_search.run import commit
-from dints_search.search import Found, search
+from dints_search.search import search
 from dints_search.search_run import Parts, split_training, with_search
 from dints_search.space import SearchSpace
 
@@ -202,18 +193,9 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> Genotype:
         options: dict[str, Any] = {"fold": plan.fold, "seed": arm.seed, "device": plan.device}
         resume = (folder / "config.toml").exists()
         found = search(recipe, plan.dataset, folder, resume=resume, report=_say("search", 50), **options)
-        conclude(folder, found.network.architecture, recipe, Choice())
-        write_gap(folder, _gap(plan, found, recipe))
+        chosen = conclude(folder, found.network.architecture, recipe, Choice())
+        report(folder, found, recipe, chosen)
     return read_genotype(folder / "genotype.json")
-
-
-def _gap(plan: Plan, found: Found, recipe: Recipe) -> GapTable:
-    genotypes = all_decoded(found.network)
-    dints = genotypes["dints"]
-    if isinstance(dints, Genotype):  # half of its work, to have a budget that is in force
-        half = plan.work.of(dints) / 2
-        genotypes[f"dints, at most {half:.3g} GMAC"] = within_work(found.network, recipe, half)
-    return measure_gap(found.network, genotypes, found.parts.held_out, recipe, device=plan.device)
 
 
 def _drawn(plan: Plan, arm: Arm, folder: Path) -> tuple[Genotype, int]:

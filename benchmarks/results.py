@@ -203,7 +203,7 @@ def _cells(interval: Interval) -> list[str]:
 def _gaps(records: Sequence[Record]) -> str:
     measured = [record for record in records if record.gap is not None]
     names = sorted({row.name for r in measured if r.gap for row in r.gap.rows if row.stage == INHERITED})
-    common = [name for name in names if not name.startswith("dints, at most")]
+    common = [name for name in names if not name.startswith("at most")]
     about = (
         "Dice on cases of the training part that neither the search nor the retraining has seen: of the search "
         "network, of what each decoder makes of it with inherited weights (- where it makes no network), after "

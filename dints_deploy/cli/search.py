@@ -10,6 +10,7 @@ import typer
 from dints_deploy.catalog.dataset import read_dataset
 from dints_deploy.cli.console import Bar, JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
+from dints_deploy.cli.search_profile import profile_command
 from dints_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dints_search.recipe import Recipe
 
 search_app = typer.Typer(invoke_without_command=True, subcommand_metavar="[COMMAND]")
+search_app.command("profile")(profile_command)
 
 
 @search_app.callback()
@@ -86,8 +88,7 @@ def search_command(
 def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, bar: Bar, **options: Any) -> Chosen | None:
     """Search and conclude; None in a process that does not write."""
     from dints_search.choice import check_choice
-    from dints_search.conclude import conclude
-    from dints_search.gap import all_decoded, measure_gap, write_gap
+    from dints_search.conclude import conclude, report
     from dints_search.search import search
 
     def show(done: int, figures: dict[str, float | str]) -> None:
@@ -102,9 +103,7 @@ def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, bar: Bar, **o
         return None
     chosen = conclude(out, found.network.architecture, recipe, choice)
     with progress("measure the gap") as measured:
-        decoded = all_decoded(found.network, recipe, chosen)
-        held_out = found.parts.held_out
-        write_gap(out, measure_gap(found.network, decoded, held_out, recipe, device=found.device, progress=measured))
+        report(out, found, recipe, chosen, progress=measured)
     return chosen
 
 

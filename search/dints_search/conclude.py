@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from dints_search.choice import Choice, Chosen, choose, write_choice
 from dints_search.draw import draw_architecture, draw_relaxation
+from dints_search.gap import GapTable, Progress, all_decoded, measure_gap, within_work, write_gap
 from dints_search.recipe import Recipe
+from dints_search.report import actual_cost, write_report
+from dints_search.search import Found
 from dints_search.space import ArchitectureParameters
+
+TIGHT: Final = 0.5
+"""Share of the network's multiply-adds that a budget allows, so that the gap under a budget is measured too."""
 
 
 def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, choice: Choice) -> Chosen:
@@ -24,3 +31,26 @@ def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, c
         parameters, folder / "relaxation", title=f"likely edges and operations, sigma {recipe.search.sigma:g}"
     )
     return chosen
+
+
+def report(
+    folder: Path,
+    found: Found,
+    recipe: Recipe,
+    chosen: Chosen,
+    *,
+    progress: Progress = lambda done, total: None,
+) -> GapTable:
+    """Measure the discretisation gap of a search on its held-out cases, keep it, and write the report.
+
+    Raises:
+        DatasetError: `case-invalid`, naming the case.
+        OutputError: a file cannot be written.
+    """
+    decoded = all_decoded(found.network, chosen)
+    budget = TIGHT * actual_cost(chosen.genotype, recipe, "GMAC")
+    decoded[f"at most {budget:.3g} GMAC"] = within_work(found.network, recipe, budget)
+    gap = measure_gap(found.network, decoded, found.parts.held_out, recipe, device=found.device, progress=progress)
+    write_gap(folder, gap)
+    write_report(folder, chosen, gap)
+    return gap
