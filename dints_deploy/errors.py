@@ -24,7 +24,7 @@ REASONS: Final[dict[str, str]] = {
     "usage": "the command line does not make sense as given",
     "extra-missing": "an optional part of the software is not installed",
     "entry-unknown": "no zoo entry has this name",
-    "entry-ambiguous": "several entries, or none, accept this scan: name one with --model",
+    "entry-ambiguous": "several entries accept this scan, or the zoo has none with weights: name one with --model",
     "entry-exists": "an entry of this name is already there",
     "entry-has-no-weights": "the entry is a recipe: it has a genotype but no trained network",
     # the daemon: configuration
@@ -87,6 +87,7 @@ REASONS: Final[dict[str, str]] = {
     "series-none": "no series of the study is one that the entry takes",
     "series-ambiguous": "several series of the study are ones that the entry takes",
     "series-rule": "the series is not one that the entry's rules allow",
+    "scan-no-entry": "no entry of the zoo accepts this scan",
     "scan-modality": "the scan's modality is not one that the entry accepts",
     "scan-extent": "the scan's physical size is outside what the entry accepts",
     "scan-spacing": "the scan's voxel spacing is outside what the entry accepts",

@@ -35,8 +35,19 @@ def say_json(document: Any) -> None:
 
 
 def say_error(error: DintsError, about: str = "") -> None:
-    """Print an error on standard error, in one line: where, the sentence, the reason code."""
-    sys.stderr.write(printable(f"error: {about + ': ' if about else ''}{error}") + "\n")
+    """Print an error on standard error, in one line: where, the sentence, the reason code; then its notes, if any."""
+    lines = [f"error: {about + ': ' if about else ''}{error}", *(f"  {note}" for note in notes_of(error))]
+    sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
+
+
+def say_note(text: str) -> None:
+    """Print a remark on standard error, in one line."""
+    sys.stderr.write(printable(text) + "\n")
+
+
+def notes_of(error: DintsError) -> list[str]:
+    """Return what was noted beside an error, such as where its report lies."""
+    return list(getattr(error, "__notes__", []))
 
 
 def printable(text: str) -> str:

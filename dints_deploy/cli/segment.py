@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -13,11 +11,23 @@ import typer
 
 from dints_deploy.catalog.catalog import LoadedEntry, entry_folders, load_entry, read_entry
 from dints_deploy.catalog.entry import RESEARCH_USE
-from dints_deploy.cli.console import JsonOption, failing, printable, progress, say, say_error, say_json
+from dints_deploy.cli.cases import PlannedCase, plan_cases
+from dints_deploy.cli.console import (
+    JsonOption,
+    failing,
+    notes_of,
+    printable,
+    progress,
+    say,
+    say_error,
+    say_json,
+    say_note,
+)
 from dints_deploy.errors import DintsError, EntryError, ScanRefused, UsageError
-from dints_deploy.process.case import Outcome, Request, process_case
+from dints_deploy.process.case import Outcome, ReadCase, Request, finish_case, read_cases
 from dints_deploy.process.outputs import check_formats
-from dints_deploy.process.source import NIFTI_SUFFIXES, Scan, cases_of, first_file, output_stem
+from dints_deploy.runtime.memory import Plan
+from dints_deploy.runtime.sessions import WarmSessions
 
 EXIT_FAILED: Final = 1
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -27,7 +37,8 @@ def segment_command(
     scans: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="NIfTI files, DICOM folders or zips, one case each; or a study's DICOM files.", show_default=False
+            help="NIfTI files or a folder of them, DICOM folders or zips, one case each; or a study's DICOM files.",
+            show_default=False,
         ),
     ] = None,
     output: Annotated[
@@ -49,7 +60,12 @@ def segment_command(
         ),
     ] = "nifti",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
-    max_ram: Annotated[str | None, typer.Option(help="Refuse in advance what needs more memory, such as 4G.")] = None,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the process within this, such as 4G, in blocks if need be; refuse in advance what cannot."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment scans with a zoo entry. Research use only.
@@ -69,21 +85,17 @@ def segment_command(
             "max_ram_bytes": parse_bytes(max_ram),
         }
         entries = Entries(model)
-        results = [_run(case, settings, entries, quiet=as_json) for case in cases]
+        requests = [Request(case.channels, case.stem, labels_path=case.labels_path, **settings) for case in cases]
+        quiet = as_json or len(cases) > 1
+        with WarmSessions() as warm:
+            reading = zip(cases, read_cases(requests, entries.candidates), strict=True)
+            results = [_run(case, read, entries, warm, quiet=quiet) for case, read in reading]
         code = exit_code([result if isinstance(result, DintsError) else None for result in results])
         if as_json:
             say_json({"exit_code": code, "cases": [_as_json(c, r) for c, r in zip(cases, results, strict=True)]})
+        elif len(cases) > 1:
+            _show_all(cases, results)
         raise typer.Exit(code)
-
-
-@dataclass(frozen=True)
-class PlannedCase:
-    """One case of a call: its files, its name in messages, where its outputs go."""
-
-    channels: Mapping[str, Scan]
-    name: str
-    stem: Path
-    labels_path: Path | None
 
 
 class Entries:
@@ -113,64 +125,51 @@ class Entries:
         return self._loaded[name]
 
 
-def plan_cases(scans: list[Path], channels: list[str], output: Path | None) -> list[PlannedCase]:
-    """Return the cases of a call and where each one's outputs go.
-
-    Raises:
-        UsageError: `usage` when the call makes no sense.
-    """
-    if bool(scans) == bool(channels):
-        raise UsageError("usage", "expected SCANs or --channel NAME=FILE, one of the two: see --help")
-    inputs: list[dict[str, Scan]] = [{"": scan} for scan in cases_of(scans)] or [_parse_channels(channels)]
-    if len(inputs) > 1 and output is not None and _is_file_name(output):
-        raise UsageError("usage", f"expected a folder after -o for {len(inputs)} scans, found the file {output}")
-    cases = [_plan(channel_files, output) for channel_files in inputs]
-    if len({case.stem for case in cases}) != len(cases):
-        raise UsageError("usage", "expected scans with distinct names, two would write the same file: run them apart")
-    _check_not_inputs(cases)
-    return cases
-
-
-def _check_not_inputs(cases: list[PlannedCase]) -> None:
-    """Refuse to write labels over a scan."""
-    inputs = {os.path.realpath(first_file(scan)) for case in cases for scan in case.channels.values()}
-    for case in cases:
-        labels = case.labels_path or case.stem.with_name(f"{case.stem.name}.nii.gz")
-        if os.path.realpath(labels) in inputs:
-            raise UsageError("usage", f"expected an output that is not a scan, found {labels}: choose another with -o")
-
-
-def _is_file_name(output: Path) -> bool:
-    return output.name.lower().endswith(NIFTI_SUFFIXES) and not output.is_dir()
-
-
-def _parse_channels(channels: list[str]) -> dict[str, Scan]:
-    pairs = [text.partition("=") for text in channels]
-    if any(not name or not file for name, _, file in pairs) or len({name for name, _, _ in pairs}) != len(pairs):
-        raise UsageError("usage", "expected --channel NAME=FILE with distinct names")
-    return {name: Path(file) for name, _, file in pairs}
-
-
-def _plan(channels: Mapping[str, Scan], output: Path | None) -> PlannedCase:
-    first = first_file(next(iter(channels.values())))
-    if output is not None and _is_file_name(output):
-        return PlannedCase(channels, first.name, output.with_name(output_stem(output)), output)
-    folder = output or Path()
-    return PlannedCase(channels, first.name, folder / f"{output_stem(first)}_seg", None)
-
-
-def _run(case: PlannedCase, settings: dict[str, Any], entries: Entries, *, quiet: bool) -> Outcome | DintsError:
+def _run(
+    case: PlannedCase, read: ReadCase, entries: Entries, warm: WarmSessions, *, quiet: bool
+) -> Outcome | DintsError:
     """Process one case; an error of this case does not end the call."""
     try:
-        with progress(case.name) as report:
-            request = Request(case.channels, case.stem, labels_path=case.labels_path, **settings)
-            outcome = process_case(request, entries.candidates, entries.load, progress=report)
+        with read, progress(case.name) as report:
+            outcome = finish_case(read, entries.load, warm=warm, planned=_tell_price(case), progress=report)
     except DintsError as error:
         say_error(error, case.name)
         return error
     if not quiet:
         _show(case, outcome)
     return outcome
+
+
+def _tell_price(case: PlannedCase) -> Callable[[Plan], None]:
+    """Return what says, before the run, what keeping the memory limit costs."""
+
+    def tell(plan: Plan) -> None:
+        if plan.again:
+            share = plan.again / plan.windows
+            say_note(
+                f"{case.name}: {len(plan.blocks)} blocks to keep within the memory: "
+                f"{plan.again} of {plan.windows} windows are run again ({share:+.0%})"
+            )
+
+    return tell
+
+
+def _show_all(cases: list[PlannedCase], results: list[Outcome | DintsError]) -> None:
+    """Print one table of all cases."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("scan", "result", "structures, mL", "s", "written")
+    for case, result in zip(cases, results, strict=True):
+        if isinstance(result, DintsError):
+            cells = [_status(result), result.code, "", ""]
+        else:
+            volumes = ", ".join(f"{s['name']} {s['volume_ml']:.3f}" for s in result.record["structures"])
+            seconds = sum(result.record["seconds"][stage] for stage in ("prepare", "load", "sweep", "postprocess"))
+            cells = ["done", volumes, f"{seconds:.1f}", " ".join(str(path) for path in result.files.values())]
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in (case.name, *cells)))
+    say(table)
+    say(RESEARCH_USE)
 
 
 def _show(case: PlannedCase, outcome: Outcome) -> None:
@@ -190,10 +189,15 @@ def _show(case: PlannedCase, outcome: Outcome) -> None:
 
 def _as_json(case: PlannedCase, result: Outcome | DintsError) -> dict[str, Any]:
     if isinstance(result, DintsError):
-        status = "refused" if isinstance(result, ScanRefused) else "failed"
-        return {"case": case.name, "status": status, "code": result.code, "message": result.message}
+        status = _status(result)
+        noted = {"notes": notes} if (notes := notes_of(result)) else {}
+        return {"case": case.name, "status": status, "code": result.code, "message": result.message, **noted}
     files = {name: str(path) for name, path in result.files.items()}
     return {"case": case.name, "status": "done", "files": files, **result.record}
+
+
+def _status(error: DintsError) -> str:
+    return "refused" if isinstance(error, ScanRefused) else "failed"
 
 
 def exit_code(errors: list[DintsError | None]) -> int:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.errors import ScanRefused, UsageError
+from dints_deploy.errors import DintsError, ScanRefused, UsageError
 from dints_deploy.files import make_folder
 from dints_deploy.process.outputs import Result, check_formats, write_outputs, write_refusal_report
 from dints_deploy.process.source import Scan, Source, open_studies, read_source
+from dints_deploy.runtime.memory import Plan
 from dints_deploy.runtime.parity import parity_status
+from dints_deploy.runtime.pipeline import ahead
 from dints_deploy.runtime.report import describe
 from dints_deploy.runtime.segment import Progress, segment
+from dints_deploy.runtime.sessions import WarmSessions
+
+if TYPE_CHECKING:
+    from dints_deploy.dicom.series import Study
+
+
+READING_COPIES: Final = 3
+"""Of a scan that are held while it is read: its bytes, joined with the header, and the voxels."""
 
 
 def result_time() -> datetime:
@@ -72,11 +82,37 @@ class Outcome:
     files: dict[str, Path] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class ReadCase:
+    """A case that has been read, or the reason why it could not be. A context: it removes what a zip unpacked to.
+
+    Attributes:
+        request: what to do with it.
+        studies: channel name -> study, for DICOM.
+        found: the scan and the entry that takes it; None where there is an error.
+        error: why it could not be read, for `finish_case` to raise.
+    """
+
+    request: Request
+    studies: dict[str, Study] = field(default_factory=dict)
+    found: tuple[Source, Entry] | None = None
+    error: DintsError | None = None
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.resources.close()
+
+
 def process_case(
     request: Request,
     candidates: Mapping[str, Entry],
     load: Callable[[str], LoadedEntry],
     *,
+    warm: WarmSessions | None = None,
+    planned: Callable[[Plan], None] = lambda plan: None,
     progress: Progress = lambda done, total: None,
 ) -> Outcome:
     """Read a scan, find its entry, segment it, write the outputs, read them back.
@@ -87,26 +123,68 @@ def process_case(
         request: what to do.
         candidates: name -> entry to choose from.
         load: the verified entry of a name.
+        warm: networks that stay loaded between cases; None loads them for this one.
+        planned: called with the plan before the first window.
         progress: called after every window.
 
     Raises:
         ScanRefused, EntryError, EngineError, OutputError, UsageError: with their codes; no partial file is left, and
             no output of a case is left when a later one fails.
     """
-    check_formats(request.formats)
-    with ExitStack() as resources:
-        studies = open_studies(request.channels, resources)
-        try:
-            source, spec = read_source(request.channels, studies, candidates, max_bytes=request.max_ram_bytes)
-            return _process(request, source, load(spec.name), progress)
-        except ScanRefused as refusal:
-            if studies and "dicom-sr" in request.formats:
-                report = write_refusal_report(list(studies.values()), refusal, request.stem, request.when)
-                refusal.add_note(f"the refusal is written as {report}")
-            raise
+    with read_case(request, candidates) as case:
+        return finish_case(case, load, warm=warm, planned=planned, progress=progress)
 
 
-def _process(request: Request, source: Source, entry: LoadedEntry, progress: Progress) -> Outcome:
+def read_cases(requests: Sequence[Request], candidates: Mapping[str, Entry]) -> Iterator[ReadCase]:
+    """Return the cases, read in order: the next while one is worked on, unless a memory limit is to be kept."""
+    reading = (read_case(request, candidates) for request in requests)
+    alone = len(requests) == 1 or any(request.max_ram_bytes is not None for request in requests)
+    return reading if alone else ahead(reading)
+
+
+def read_case(request: Request, candidates: Mapping[str, Entry]) -> ReadCase:
+    """Read a scan and find its entry; an error is kept, to be raised by `finish_case`."""
+    case = ReadCase(request)
+    try:
+        check_formats(request.formats)
+        case.studies = open_studies(request.channels, case.resources)
+        limit = request.max_ram_bytes and request.max_ram_bytes // READING_COPIES
+        case.found = read_source(request.channels, case.studies, candidates, max_bytes=limit)
+    except DintsError as error:
+        case.error = error
+    return case
+
+
+def finish_case(
+    case: ReadCase,
+    load: Callable[[str], LoadedEntry],
+    *,
+    warm: WarmSessions | None = None,
+    planned: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress = lambda done, total: None,
+) -> Outcome:
+    """Segment a case that was read, write the outputs, read them back; arguments and errors as for `process_case`."""
+    request = case.request
+    try:
+        if case.found is None:
+            raise case.error or RuntimeError("expected a case that was read, or an error")
+        source, spec = case.found
+        return _segmented(request, source, load(spec.name), warm, planned, progress)
+    except ScanRefused as refusal:
+        if case.studies and "dicom-sr" in request.formats:
+            report = write_refusal_report(list(case.studies.values()), refusal, request.stem, request.when)
+            refusal.add_note(f"the refusal is written as {report}")
+        raise
+
+
+def _segmented(
+    request: Request,
+    source: Source,
+    entry: LoadedEntry,
+    warm: WarmSessions | None,
+    planned: Callable[[Plan], None],
+    progress: Progress,
+) -> Outcome:
     make_folder(request.stem.parent)
     segmentation = segment(
         source.scan,
@@ -117,6 +195,8 @@ def _process(request: Request, source: Source, entry: LoadedEntry, progress: Pro
         threads=request.threads,
         max_ram_bytes=request.max_ram_bytes,
         modality=source.modality,
+        warm=warm,
+        planned=planned,
         progress=progress,
     )
     parity = parity_status(entry, segmentation.session)

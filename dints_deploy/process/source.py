@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.errors import DintsError, ScanRefused, UsageError
+from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.files import sha256_file
 from dints_deploy.imaging.nifti import MAX_UNPACKED_BYTES, read_nifti
 from dints_deploy.imaging.volume import Volume
-from dints_deploy.runtime.accepts import accepting
+from dints_deploy.runtime.accepts import accepting, no_entry
 
 if TYPE_CHECKING:
     from dints_deploy.dicom.read import DicomVolume
@@ -68,7 +68,7 @@ def read_source(
         max_bytes: refuse in advance files that unpack to more; None for the readers' own limits.
 
     Raises:
-        ScanRefused: the file is no scan, or no series fits. UsageError: `entry-ambiguous`.
+        ScanRefused: the file is no scan, or no series or entry fits. UsageError: `entry-ambiguous`.
     """
     if studies:
         return _from_studies(studies, candidates)
@@ -112,8 +112,13 @@ def first_file(scan: Scan) -> Path:
 def cases_of(scans: Sequence[Path]) -> list[Scan]:
     """Return the cases of a call: DICOM files of one study are one case, every other scan is one by itself.
 
-    Files that name no study, as damaged ones do, go with every study: each may be the slice that it lacks.
+    A folder of NIfTI files stands for them. Files that name no study, as damaged ones do, go with every study: each may
+    be the slice that it lacks.
+
+    Raises:
+        UsageError: `usage` where a folder holds NIfTI and DICOM files.
     """
+    scans = [file for scan in scans for file in nifti_files(scan) or [scan]]
     single = [scan for scan in scans if scan.is_file() and scan.suffix.lower() != ".zip" and is_dicom(scan)]
     if len(single) < 2:
         return list(scans)
@@ -122,6 +127,21 @@ def cases_of(scans: Sequence[Path]) -> list[Scan]:
     cases: list[Scan] = [scan for scan in scans if scan not in single]
     cases += by_study(single)
     return sorted(cases, key=lambda scan: scans.index(first_file(scan)))
+
+
+def nifti_files(folder: Path) -> list[Path]:
+    """Return the NIfTI files that lie in a folder, sorted by name; none where it is no folder, or one of DICOM.
+
+    Raises:
+        UsageError: `usage` where DICOM files lie beside them: nobody guesses which are meant.
+    """
+    if not folder.is_dir():
+        return []
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    nifti = [path for path in files if path.name.lower().endswith(NIFTI_SUFFIXES)]
+    if nifti and any(is_dicom(path) for path in files if path not in nifti):
+        raise UsageError("usage", f"expected NIfTI or DICOM files in {folder}, found both: name the files themselves")
+    return nifti
 
 
 def read_channels(channels: Mapping[str, Path], *, max_bytes: int | None = None) -> Volume:
@@ -158,7 +178,7 @@ def _from_studies(studies: Mapping[str, Study], candidates: Mapping[str, Entry])
     from dints_deploy.process.choose import choose_series
 
     fits: dict[str, Choice] = {}
-    refusals: dict[str, DintsError] = {}
+    refusals: dict[str, ScanRefused] = {}
     for name, entry in candidates.items():
         try:
             _check_names(studies, entry)
@@ -167,8 +187,10 @@ def _from_studies(studies: Mapping[str, Study], candidates: Mapping[str, Entry])
             refusals[name] = refusal
     if len(candidates) == 1 and refusals:
         raise next(iter(refusals.values()))
+    if refusals and not fits:
+        raise no_entry("study", refusals)
     if len(fits) != 1:
-        found = ", ".join(fits) or "none (" + "; ".join(f"{n}: {r.message}" for n, r in refusals.items()) + ")"
+        found = ", ".join(fits) or "none: the zoo is empty"
         raise UsageError("entry-ambiguous", f"expected one entry that takes this study, found {found}: give --model")
     name, choice = next(iter(fits.items()))
     return _from_choice(choice), candidates[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -44,7 +44,8 @@ def accepting(scan: Volume, entries: Sequence[Entry], *, modality: str | None = 
     """Return the only entry that has weights and accepts this scan.
 
     Raises:
-        UsageError: `entry-ambiguous`, listing the candidates, or why each entry refuses.
+        UsageError: `entry-ambiguous`, listing the candidates, or because there is no entry at all.
+        ScanRefused: `scan-no-entry`, listing why each entry refuses; with a single entry, its own refusal.
     """
     refusals: dict[str, ScanRefused] = {}
     candidates: list[Entry] = []
@@ -63,8 +64,15 @@ def accepting(scan: Volume, entries: Sequence[Entry], *, modality: str | None = 
     if candidates:
         names = ", ".join(entry.name for entry in candidates)
         raise UsageError("entry-ambiguous", f"expected one entry that accepts this scan, found {names}: give --model")
-    reasons = "; ".join(f"{name}: {refusal.message}" for name, refusal in refusals.items()) or "the zoo is empty"
-    raise UsageError("entry-ambiguous", f"expected an entry that accepts this scan, found none ({reasons})")
+    if not refusals:
+        raise UsageError("entry-ambiguous", "expected an entry that accepts this scan, found none: the zoo is empty")
+    raise no_entry("scan", refusals)
+
+
+def no_entry(what: str, refusals: Mapping[str, ScanRefused]) -> ScanRefused:
+    """Return the refusal of a scan or study by every entry."""
+    reasons = "; ".join(f"{name}: {refusal.message}" for name, refusal in refusals.items())
+    return ScanRefused("scan-no-entry", f"expected an entry that accepts this {what}, found none ({reasons})")
 
 
 def _upright(scan: Volume) -> Grid:

@@ -110,16 +110,17 @@ def channels(*names: str) -> list[dict[str, Any]]:
     return [{"name": name, "modality": "MR", "intensity": {"scheme": "identity"}} for name in names]
 
 
-def test_several_or_no_candidates_are_a_usage_error_that_lists_them() -> None:
+def test_several_candidates_are_a_usage_error_and_none_is_a_refusal_that_lists_the_reasons() -> None:
     twin = entry(name="twin", accepts=LIMITS)
     good, bad = scan((20, 30, 40), (1, 1, 1)), scan((41, 30, 40), (1, 1, 1))
     with pytest.raises(UsageError, match="found crop, twin: give --model") as several:
         accepting(good, [CROP, twin])
-    with pytest.raises(UsageError, match=r"found none \(crop: expected .*; twin: expected .*found 41") as none:
+    with pytest.raises(ScanRefused, match=r"found none \(crop: expected .*; twin: expected .*found 41") as none:
         accepting(bad, [CROP, twin])
     with pytest.raises(UsageError, match="the zoo is empty") as empty:
         accepting(good, [])
-    assert {e.value.code for e in (several, none, empty)} == {"entry-ambiguous"}
+    assert {e.value.code for e in (several, empty)} == {"entry-ambiguous"}
+    assert none.value.code == "scan-no-entry"
 
 
 def test_with_one_entry_its_own_refusal_is_told() -> None:

@@ -16,8 +16,9 @@ import pytest
 import typer.main
 
 import dints_deploy
+from dints_deploy.cli.cases import plan_cases
 from dints_deploy.cli.main import app
-from dints_deploy.cli.segment import exit_code, parse_bytes, plan_cases
+from dints_deploy.cli.segment import exit_code, parse_bytes
 from dints_deploy.errors import (
     REASONS,
     DatasetError,
@@ -191,6 +192,8 @@ WRONG_CALLS: dict[str, tuple[list[str], list[str], str | None]] = {
     "a channel without =": ([], ["x.nii"], None),
     "one channel twice": ([], ["T1=x.nii", "T1=y.nii"], None),
     "over the scan itself": (["x.nii"], [], "x.nii"),
+    "labels into a picture": (["x.nii"], [], "x.png"),
+    "labels into another format": (["x.nii"], [], "out/x.MHA"),
 }
 
 
