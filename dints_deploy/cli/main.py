@@ -10,6 +10,7 @@ from dints_deploy.cli.audit import audit_app
 from dints_deploy.cli.crossval import crossval_command
 from dints_deploy.cli.data import data_app
 from dints_deploy.cli.dicom import dicom_app
+from dints_deploy.cli.doctor import doctor_command
 from dints_deploy.cli.evaluate import evaluate_command
 from dints_deploy.cli.export import export_command
 from dints_deploy.cli.init import init_command
@@ -36,6 +37,7 @@ app.command("retrain")(retrain_command)
 app.command("crossval")(crossval_command)
 app.command("publish")(publish_command)
 app.command("export")(export_command)
+app.command("doctor")(doctor_command)
 app.command("init")(init_command)
 app.command("watch")(watch_command)
 app.add_typer(search_app, name="search")

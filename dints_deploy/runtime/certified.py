@@ -120,7 +120,6 @@ def find_certificate(entry: LoadedEntry, member: Member, target: Target) -> Loca
         EngineError: `no-certificate`, `certificate-invalid`, `certificate-stale` or `state-permissions`.
     """
     from dints_deploy.runtime.certificate import certificate_path, read_certificate
-    from dints_deploy.runtime.machine import describe_device
     from dints_deploy.runtime.parity import exceeded
 
     digest = entry.digests[member.onnx]
@@ -131,6 +130,25 @@ def find_certificate(entry: LoadedEntry, member: Member, target: Target) -> Loca
     certificate = read_certificate(path)
     if (certificate.comparison.onnx_sha256, certificate.target) != (digest, target):
         raise EngineError("certificate-invalid", f"expected {path.name} for its weights, found it for others: {again}")
+    check_current(certificate, again)
+    if misses := exceeded(certificate.comparison, entry.spec):
+        raise EngineError("certificate-stale", f"expected a certificate with {'; '.join(misses)}: {again}")
+    return certificate
+
+
+def check_current(certificate: LocalCertificate, again: str) -> None:
+    """Refuse a certificate of another engine version or device than those of now.
+
+    Args:
+        certificate: whose seal was checked.
+        again: the command that makes a new one.
+
+    Raises:
+        EngineError: `certificate-stale`, or `engine-missing` when the device is gone.
+    """
+    from dints_deploy.runtime.machine import describe_device
+
+    target = certificate.target
     expected = (engine_version(target.engine), describe_device(target.device))
     named = (certificate.comparison.version, certificate.machine)
     for what, ours, theirs in zip((f"{target.engine} version", "device"), expected, named, strict=True):
@@ -138,9 +156,6 @@ def find_certificate(entry: LoadedEntry, member: Member, target: Target) -> Loca
             raise EngineError(
                 "certificate-stale", f"expected a certificate for the {what} {ours!r}, found {theirs!r}: {again}"
             )
-    if misses := exceeded(certificate.comparison, entry.spec):
-        raise EngineError("certificate-stale", f"expected a certificate with {'; '.join(misses)}: {again}")
-    return certificate
 
 
 def export_command(entry: str, target: Target) -> str:

@@ -204,13 +204,13 @@ def check_precision(engine: str, precision: str) -> None:
         )
 
 
-MEMORY_WORDS: Final = ("bad_alloc", "MemoryError", "out of memory", "OutOfMemory", "allocate memory", "Cannot allocate")
+MEMORY_WORDS: Final = ("bad_alloc", "memoryerror", "out of memory", "outofmemory", "allocate")
 """By these words the engines' messages tell that memory was short; none of them has a type for it."""
 
 
 def engine_error(expected: str, found: str) -> EngineError:
     """Return the error for what an engine's own exception says: `engine-memory` or `engine-failed`."""
-    if any(word.lower() in found.lower() for word in MEMORY_WORDS):
+    if any(word in found.lower() for word in MEMORY_WORDS):
         return EngineError(
             "engine-memory",
             f"expected {expected}, found too little memory: give it more, or use --max-ram ({found})",

@@ -95,9 +95,9 @@ class OpenVinoSession:
         """Wait for a batch and return a copy of its logits."""
         try:
             handle.wait()
+            logits: Batch = handle.get_output_tensor(0).data.copy()
         except (RuntimeError, MemoryError) as error:
             raise engine_error("OpenVINO to run the network", _first(error)) from error
-        logits: Batch = handle.get_output_tensor(0).data.copy()
         return logits
 
     def memory_bytes(self) -> int:

@@ -298,3 +298,38 @@ def test_a_signal_is_handled_after_the_networks_of_an_ensemble_were_closed() -> 
         [sys.executable, "-c", SIGNALLED], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+STARVED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from dints_deploy.errors import EngineError
+from tests.contract.test_engines import ENGINES, WHOLE, WINDOW
+
+engine = ENGINES[sys.argv[1]]()
+engine.open(WHOLE, window=WINDOW, batch=1, precision="fp32", why="what the libraries need is loaded")
+large = (192, 192, 192)
+batch = np.zeros((1, 1, *large), np.float32)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+try:
+    session = engine.open(WHOLE, window=large, batch=1, precision="fp32", why="a test")
+    session.result(session.submit(batch))
+except EngineError as error:
+    print(error.code, str(error).count(chr(10)))
+small = engine.open(WHOLE, window=WINDOW, batch=1, precision="fp32", why="the process goes on")
+print(small.result(small.submit(np.zeros((1, 1, *WINDOW), np.float32))).shape)
+"""
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+def test_an_engine_that_runs_out_of_memory_says_so_and_the_process_lives(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARVED, name],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["engine-memory 0", "(1, 3, 8, 6, 10)"], done.stderr

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -412,3 +414,24 @@ def test_int8_of_a_network_without_inner_convolutions_is_not_fp32_under_another_
     said = run_cli("export", "shallow", "--openvino", "--precision", "int8")
     assert (said.code, said.err.rstrip().rpartition(" ")[2]) == (1, "[engine-failed]")
     assert left(place) == []
+
+
+WATCHED = """
+import sys
+seen = []
+events = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "os.fork", "subprocess.Popen")
+sys.addaudithook(lambda event, args: seen.append(event) if event in events else None)
+from dints_deploy.cli.main import app
+for words in (["--openvino", "--precision", "int8"], ["--onnx", "--precision", "fp16"]):
+    try:
+        app(["export", "tiny", *words, "--json"])
+    except SystemExit as done:
+        print("exit", done.code or 0)
+print("seen", sorted(set(seen)), [name for name in ("torch", "monai", "nncf") if name in sys.modules])
+"""
+
+
+def test_exporting_opens_no_connection_and_needs_no_torch(place: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("exit", "seen"))]
+    assert lines == ["exit 0", "exit 0", "seen [] []"], done.stdout
