@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dints_deploy.dicom.rtstruct import write_rtstruct
 from dints_deploy.dicom.seg import write_seg
 from dints_deploy.dicom.series import collect
 from dints_deploy.imaging.volume import Volume
+from tests.dicom_phantoms import scans
 
 WHEN = datetime(2026, 3, 4, 5, 6, 7)
 ANY_COUNT = Policy(REGULARISING.actions, minimum_slices=1)
@@ -115,6 +118,21 @@ def result_of(
     return dicom_result(
         [volume], labels, ENTRY, record, volumes_ml=volumes, when=when, segmentation_type=segmentation_type
     )
+
+
+@cache
+def real_result(name: str) -> DicomResult:
+    """Return a result on a real series: the brighter tissue, smoothed, in pieces of at least a hundred voxels."""
+    from scipy.ndimage import gaussian_filter, label
+
+    volume = volume_of(scans(name))
+    data = gaussian_filter(volume.volume.data[0], (3.0, 3.0, 0.5))
+    smooth = replace(volume, volume=replace(volume.volume, data=data[np.newaxis]))
+    mask = thresholded(smooth)
+    for value in (1, 2):
+        pieces = label(mask == value)[0]
+        mask[(mask == value) & (np.bincount(pieces.ravel()) < 100)[pieces]] = 0
+    return result_of(volume, mask)
 
 
 def shapes(volume: DicomVolume) -> NDArray[np.uint8]:

@@ -132,9 +132,9 @@ def _values(result: DicomResult, place: int) -> NDArray[np.float32]:
     return values
 
 
-def _tile(result: DicomResult, place: int, values: NDArray[np.float32], window: tuple[float, float]) -> Image.Image:
+def _tile(result: DicomResult, index: int, values: NDArray[np.float32], window: tuple[float, float]) -> Image.Image:
     low, high = window
-    plane, segments = result.planes[place], result.segments[place]
+    plane, segments = result.planes[index], result.segments[index]
     height, width = values.shape[0] * plane.between_rows, values.shape[1] * plane.between_columns
     scale = TILE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -148,8 +148,10 @@ def _tile(result: DicomResult, place: int, values: NDArray[np.float32], window: 
         colour[_border(inside)] = label.colour
     tile = Image.fromarray(colour.astype(np.uint8))
     draw = ImageDraw.Draw(tile)
-    draw.text((3, tile.height // 2 - 8), side(plane.row, start=True), fill=TEXT, font=_font(13))
-    draw.text((tile.width // 2 - 4, 2), side(plane.column, start=True), fill=TEXT, font=_font(13))
+    places = (((4, tile.height // 2 - 8), plane.row), ((tile.width // 2 - 4, 3), plane.column))
+    for place, direction in places:
+        letter = side(direction, start=True)
+        draw.text(place, letter, fill=TEXT, font=_font(13), stroke_width=2, stroke_fill=BACKGROUND)
     return tile
 
 

@@ -20,7 +20,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from dints_deploy.catalog.entry import Code, Entry
 from dints_deploy.dicom.bounded import INVALID_FILE, quiet
-from dints_deploy.dicom.provenance import SOFTWARE, Provenance, equipment
+from dints_deploy.dicom.provenance import SOFTWARE, Provenance, content_digest, equipment
 from dints_deploy.dicom.result import DicomResult
 from dints_deploy.dicom.uid import derived_uid
 from dints_deploy.errors import OutputError
@@ -97,6 +97,7 @@ def identify(
     """Set the Patient, General Study, General Series, Equipment and SOP Common modules (PS3.3 C.7.1 to C.12.1).
 
     Args:
+        dataset: with all that it says: its digest goes into the provenance.
         header: of the source, for patient and study.
         entry: gives private coding schemes their names.
         uids: of the study, the series and the instance.
@@ -115,7 +116,7 @@ def identify(
     dataset.DeviceSerialNumber = derived_uid(provenance.entry, *provenance.weights)
     dataset.ContributingEquipmentSequence = [
         *dataset.get("ContributingEquipmentSequence", []),
-        *equipment(provenance),
+        *equipment(provenance, content=content_digest(dataset)),
     ]
     for item in dataset.ContributingEquipmentSequence:
         item.ContributionDateTime = f"{date}{time}"

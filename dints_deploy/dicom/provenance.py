@@ -1,12 +1,14 @@
 """What made a result, as text inside the objects: model, weights, engine, input and mask, each by its digest.
 
 It stands in every object as a Contributing Equipment (PS3.3 C.12.1) whose Contribution Description has one `key=value`
-on each line, and it is what all UIDs of the result are derived from.
+on each line, and it is what all UIDs of the result are derived from. A last line, `content=`, is the digest of what the
+object itself says, so that a changed volume, name or code shows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -19,6 +21,7 @@ from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.header import Plane
 from dints_deploy.dicom.pixels import decode
 from dints_deploy.dicom.read import DicomVolume
+from dints_deploy.dicom.readback import rtstruct_polygons
 
 SOFTWARE: Final = "dints-deploy"
 PURPOSE: Final = ("109102", "DCM", "Processing Equipment")
@@ -26,6 +29,10 @@ PURPOSE: Final = ("109102", "DCM", "Processing Equipment")
 
 DESCRIPTION_BYTES: Final = 1024
 """Longest short text (PS3.5 6.2, ST); longer provenance goes on in a further item."""
+
+CONTENT: Final = "content"
+SAID: Final = ("ContentSequence", "SegmentSequence", "StructureSetROISequence", "RTROIObservationsSequence")
+"""Sequences that hold what an object says in words, codes and numbers."""
 
 SEVERAL: Final = ("weights", "input")
 SEPARATOR: Final = " "
@@ -85,10 +92,14 @@ def provenance_of(record: Mapping[str, Any], *, input_sha256: Sequence[str], mas
     )
 
 
-def equipment(provenance: Provenance) -> list[Dataset]:
-    """Return the Contributing Equipment items that hold `provenance`, each of at most `DESCRIPTION_BYTES`."""
+def equipment(provenance: Provenance, *, content: str) -> list[Dataset]:
+    """Return the Contributing Equipment items that hold `provenance`, each of at most `DESCRIPTION_BYTES`.
+
+    Args:
+        content: `content_digest` of the object.
+    """
     texts = [""]
-    for line in provenance.identity.split("\n"):
+    for line in [*provenance.identity.split("\n"), f"{CONTENT}={content}"]:
         joined = f"{texts[-1]}\n{line}".strip()
         if len(joined.encode()) <= DESCRIPTION_BYTES:
             texts[-1] = joined
@@ -99,11 +110,7 @@ def equipment(provenance: Provenance) -> list[Dataset]:
 
 def read_provenance(dataset: Dataset) -> Provenance | None:
     """Return the provenance inside an object, or None where it has none of ours."""
-    lines: list[tuple[str, str]] = []
-    for item in dataset.get("ContributingEquipmentSequence") or []:
-        if item.get("ManufacturerModelName") == SOFTWARE:
-            pairs = (line.strip().partition("=") for line in str(item.get("ContributionDescription", "")).splitlines())
-            lines += [(key, value) for key, _, value in pairs]
+    lines = _stated(dataset)
     known = {item.name for item in fields(Provenance)}
     values: dict[str, str] = {}
     for key, value in lines:
@@ -113,6 +120,27 @@ def read_provenance(dataset: Dataset) -> Provenance | None:
         return None
     several = {key: tuple(values.pop(key, "").split()) for key in SEVERAL}
     return Provenance(**values, **several)  # type: ignore[arg-type]
+
+
+def read_content_digest(dataset: Dataset) -> str:
+    """Return the digest that an object states of its own content, empty where it states none."""
+    return dict(_stated(dataset)).get(CONTENT, "")
+
+
+def content_digest(dataset: Dataset) -> str:
+    """Return the digest of what an object says: report, segments, structures with contours, picture (not the mask)."""
+    said = Dataset()
+    for keyword in SAID:
+        if keyword in dataset:
+            said[keyword] = dataset[keyword]
+    digest = hashlib.sha256(json.dumps(said.to_json_dict(), sort_keys=True).encode())
+    if "ROIContourSequence" in dataset:
+        for number, (uid, frame), corners in rtstruct_polygons(dataset):
+            digest.update(f"{number} {uid} {frame} {corners.shape}".encode())
+            digest.update(np.ascontiguousarray(corners, dtype="<f8").data)
+    if "SegmentSequence" not in dataset and "PixelData" in dataset:
+        digest.update(dataset.get("PixelData") or b"")
+    return digest.hexdigest()
 
 
 def input_digest(volume: DicomVolume, *, decoders: Decoders | None = None) -> str:
@@ -150,6 +178,16 @@ def mask_digest(planes: Iterable[tuple[str, int, NDArray[Any]]]) -> str:
             digest.update(f"{uid} {frame} {plane.shape}".encode())
             digest.update(np.ascontiguousarray(plane, dtype="<u2").data)
     return digest.hexdigest()
+
+
+def _stated(dataset: Dataset) -> list[tuple[str, str]]:
+    """Return the keys and values in the equipment items that we wrote."""
+    lines: list[tuple[str, str]] = []
+    for item in dataset.get("ContributingEquipmentSequence") or []:
+        if item.get("ManufacturerModelName") == SOFTWARE:
+            pairs = (line.strip().partition("=") for line in str(item.get("ContributionDescription", "")).splitlines())
+            lines += [(key, value) for key, _, value in pairs]
+    return lines
 
 
 def _pieces(line: str) -> list[str]:

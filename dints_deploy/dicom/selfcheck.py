@@ -145,10 +145,15 @@ def _lookup(mask: NDArray[Any], table: NDArray[np.uint16], *place: NDArray[np.fl
 
 def apart(written: NDArray[np.float64], source: NDArray[np.float64], shape: tuple[int, ...]) -> float:
     """Return how far two planes lie from each other, as a multiple of what is tolerated."""
-    corners = np.array([[c, r, 0, 1] for c in (0, shape[1] - 1) for r in (0, shape[0] - 1)], dtype=np.float64).T
-    distances = np.linalg.norm(((written - source) @ corners)[:3], axis=0)  # mm, the first pixel first
+    first = float(np.linalg.norm((written - source)[:3, 3]))
     pixel = np.linalg.norm(source[:3, :2], axis=0).min()
-    return float(max(distances[0] / SAME_PLACE_MM, distances.max() / (SAME_PLACE_PIXELS * pixel)))
+    return float(max(first / SAME_PLACE_MM, corner_mm(written, source, shape) / (SAME_PLACE_PIXELS * pixel)))
+
+
+def corner_mm(written: NDArray[np.float64], source: NDArray[np.float64], shape: tuple[int, ...]) -> float:
+    """Return how far the corners (first and last pixels) of two planes lie from each other, at most."""
+    corners = np.array([[c, r, 0, 1] for c in (0, shape[1] - 1) for r in (0, shape[0] - 1)], dtype=np.float64).T
+    return float(np.linalg.norm(((written - source) @ corners)[:3], axis=0).max())
 
 
 @contextlib.contextmanager

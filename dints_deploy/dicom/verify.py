@@ -22,7 +22,14 @@ from dints_deploy.dicom.bounded import INVALID_FILE, open_regular, quiet
 from dints_deploy.dicom.gate import examine
 from dints_deploy.dicom.header import Plane
 from dints_deploy.dicom.pixels import decode
-from dints_deploy.dicom.provenance import Provenance, mask_digest, planes_digest, read_provenance
+from dints_deploy.dicom.provenance import (
+    Provenance,
+    content_digest,
+    mask_digest,
+    planes_digest,
+    read_content_digest,
+    read_provenance,
+)
 from dints_deploy.dicom.readback import (
     LABELMAP_CLASS,
     SEG_CLASSES,
@@ -31,7 +38,7 @@ from dints_deploy.dicom.readback import (
     rtstruct_polygons,
     seg_planes,
 )
-from dints_deploy.dicom.selfcheck import SAME_PLACE_MM, apart
+from dints_deploy.dicom.selfcheck import SAME_PLACE_MM, apart, corner_mm
 from dints_deploy.dicom.series import Series, opened
 from dints_deploy.dicom.uid import derived_uid
 from dints_deploy.errors import DintsError, ScanRefused
@@ -99,6 +106,7 @@ def verify_result(
             return Verification(kind, provenance, (Check("provenance", False, "not an object of dints-deploy"),))
         checks = [Check("provenance", True, f"{provenance.entry} {provenance.version}")]
         checks += _against_zoo(provenance, zoo)
+        checks += _guarded("content", lambda: _content(written))
         if kind != "refusal":
             checks += _guarded("object", lambda: _against_itself(written, kind, option, provenance))
         if source is not None:
@@ -143,6 +151,11 @@ def _against_zoo(provenance: Provenance, zoo: Callable[[str], LoadedEntry]) -> I
     yield _same("genotype", entry.digests.get(spec.genotype or "", ""), provenance.genotype)
 
 
+def _content(written: Dataset) -> Iterator[Check]:
+    """Yield whether the object says what it was written to say."""
+    yield _same("content", content_digest(written), read_content_digest(written))
+
+
 def _against_itself(written: Dataset, kind: str, option: str, provenance: Provenance) -> Iterator[Check]:
     """Yield whether UIDs and mask are those of the provenance."""
     options = (option,) if option else ()
@@ -185,11 +198,16 @@ def _planes(series: Series) -> tuple[Plane, ...]:
 
 
 def _seg_geometry(written: Dataset, named: Planes) -> Check:
-    off = [
-        apart(frame.affine, header_affine(named[name].header), frame.segments.shape) if name in named else np.inf
-        for name, frame in seg_planes(written).items()
-    ]
-    return Check("geometry", max(off) <= 1, f"{len(off)} planes, at most {max(off):.2f} of the tolerance apart")
+    """Return whether every plane lies where its source does: its first pixel, and its last."""
+    worst, corner = 0.0, 0.0
+    planes = seg_planes(written)
+    for name, frame in planes.items():
+        if name not in named:
+            return Check("geometry", False, "a frame refers to an image that is not there")
+        source = header_affine(named[name].header)
+        worst = max(worst, apart(frame.affine, source, frame.segments.shape))
+        corner = max(corner, corner_mm(frame.affine, source, frame.segments.shape))
+    return Check("geometry", worst <= 1, f"{len(planes)} planes, corners at most {corner:.4f} mm from their source's")
 
 
 def _rtstruct_geometry(written: Dataset, named: Planes, provenance: Provenance) -> Iterator[Check]:

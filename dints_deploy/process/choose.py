@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Final
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from dints_deploy.dicom.series import Series, Study
 from dints_deploy.errors import ScanRefused
 from dints_deploy.imaging.volume import Grid, Volume
 from dints_deploy.runtime.accepts import check_accepts
+
+ANOTHER: Final = "another series or entry"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def check_series(series: Series, channel: Channel, entry: Entry, policy: Policy)
         ScanRefused: with the code of what does not fit.
     """
     if series.Modality != channel.modality:
-        raise ScanRefused("scan-modality", f"expected {channel.modality}, found {escaped(series.Modality)}")
+        found = escaped(series.Modality) or "none"
+        raise ScanRefused("scan-modality", f"expected {channel.modality}, found {found}: choose {ANOTHER}")
     _check_words(series, channel)
     report = report_on(series, policy=policy)
     decide(report.findings, policy, series.label)
@@ -87,14 +91,17 @@ def check_series(series: Series, channel: Channel, entry: Entry, policy: Policy)
 
 def _check_words(series: Series, channel: Channel) -> None:
     rule, description = channel.series, series.SeriesDescription.lower()
+    expected = ""
     if rule.description and not _matches(description, rule.description):
-        raise ScanRefused("series-rule", f"expected a description like {' or '.join(rule.description)}")
-    if _matches(description, rule.exclude_description):
-        raise ScanRefused("series-rule", f"expected no description like {' or '.join(rule.exclude_description)}")
-    if rule.body_part and not _matches(series.BodyPartExamined.lower(), rule.body_part):
-        raise ScanRefused("series-rule", f"expected a body part of {' or '.join(rule.body_part)}")
-    if rule.contrast != "any" and series.contrast != (rule.contrast == "required"):
-        raise ScanRefused("series-rule", f"expected contrast agent to be {rule.contrast}")
+        expected = f"a description like {' or '.join(rule.description)}"
+    elif _matches(description, rule.exclude_description):
+        expected = f"no description like {' or '.join(rule.exclude_description)}"
+    elif rule.body_part and not _matches(series.BodyPartExamined.lower(), rule.body_part):
+        expected = f"a body part of {' or '.join(rule.body_part)}"
+    elif rule.contrast != "any" and series.contrast != (rule.contrast == "required"):
+        expected = f"contrast agent to be {rule.contrast}"
+    if expected:
+        raise ScanRefused("series-rule", f"expected {expected}, found otherwise: choose {ANOTHER}")
 
 
 def _matches(text: str, patterns: tuple[str, ...]) -> bool:

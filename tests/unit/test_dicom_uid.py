@@ -40,7 +40,7 @@ def test_provenance_of_many_members_comes_back_from_short_texts() -> None:
     weights = tuple(f"{number:064x}" for number in range(40))
     provenance = Provenance("entry", "1.0.0", "g" * 64, weights, "onnx 1.20", "fp32", ("i" * 64,), "m" * 64, "0.1.0")
     written = Dataset()
-    written.ContributingEquipmentSequence = equipment(provenance)
+    written.ContributingEquipmentSequence = equipment(provenance, content="c" * 64)
     assert len(written.ContributingEquipmentSequence) > 2
     assert all(len(str(item.ContributionDescription)) <= 1024 for item in written.ContributingEquipmentSequence)
     assert read_provenance(written) == provenance
