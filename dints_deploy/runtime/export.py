@@ -128,7 +128,7 @@ def export(
     artefacts, sessions, references, drafts = [], [], [], []
     for n, proof in enumerate(proofs):
         progress("make", n, len(proofs))
-        artefact = make_form(proof, spec, target, progress)
+        artefact = make_form(proof, spec.window, target, progress)
         session = engine.open(
             artefact or proof.onnx, window=spec.window, batch=1, precision=target.precision, why="export"
         )
@@ -147,7 +147,7 @@ def export(
     return made
 
 
-def make_form(proof: Proof, spec: Entry, target: Target, progress: Progress) -> bytes | None:
+def make_form(proof: Proof, window: Sequence[int], target: Target, progress: Progress) -> bytes | None:
     """Return what the engine is to run: a typed or quantised ONNX, or a plan; None for the fp32 ONNX as it is.
 
     Raises:
@@ -171,7 +171,7 @@ def make_form(proof: Proof, spec: Entry, target: Target, progress: Progress) -> 
     if target.engine == "tensorrt":
         from dints_deploy.runtime.tensorrt_build import build_plan
 
-        return build_plan(typed, spec.window, device=target.device, progress=progress)
+        return build_plan(typed, window, device=target.device, progress=progress)
     return None if typed is proof.onnx else typed
 
 

@@ -23,8 +23,11 @@ from dints_deploy.errors import EngineError
 from dints_deploy.runtime.engine import Batch
 
 FULL_ENDS: Final = 3
-"""Convolutions kept in fp32 at each end, counted along the shortest way to the input or output. With 1, 2, 3 the
-hippocampus network disagreed in 1.8e-4, 1.2e-4 and 0.6e-4 of its labels, at equal speed within the noise."""
+"""Convolutions kept in fp32 at each end, counted along the shortest way to the input or output.
+
+With 0, 1, 2, 3 and 4 of them, 68, 22, 2.0, 1.5 and 1.0 of 10 000 labels of the hippocampus network were others than in
+fp32 on real windows, and 8.3, 7.7, 7.0, 2.7 and 1.3 % on hostile ones; the file grew from 3.3 to 6.0 MB.
+"""
 
 CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 
