@@ -23,7 +23,7 @@ def profile_command(
     size: Annotated[str, typer.Option(metavar="I,J,K", help="Voxels of a window, multiples of 2^D.")] = "96,96,96",
     channels: Annotated[int, typer.Option(min=1, help="Channels of the scan.")] = 1,
     classes: Annotated[int, typer.Option(min=1, help="Classes, background included.")] = 3,
-    width: Annotated[float, typer.Option(help="Channel multiplier.")] = 1.0,
+    width: Annotated[float, typer.Option(min=1 / 32, help="Channel multiplier.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
@@ -42,6 +42,8 @@ def profile_command(
             from dints_search.space import SearchSpace
         if threads is not None:
             torch.set_num_threads(threads)
+        if device != "cpu" and not torch.cuda.is_available():
+            raise UsageError("usage", f"expected --device cpu on this machine, which has no GPU, found {device}")
         found = [(name, _genotype(name)) for name in genotype]
         setting = Setting(SearchSpace(), _sizes(size, found), channels, classes, width, batch)
         rows = []
@@ -104,14 +106,14 @@ def _show(rows: list[dict[str, Any]], setting: Setting, where: str) -> None:
         title=title, caption=f"in brackets: the published form, idle stems included; measured in fp32 on {where}"
     )
     table.add_column("network", overflow="fold")
-    for column in ("edges", "parameters M", "GMAC", "saved MiB", "step MiB", "forward ms"):
+    for column in ("edges", "params M", "GMAC", "saved\nMiB", "step\nMiB", "forward\nms"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row["name"],
             str(row["edges"]),
-            f"{row['parameters'] / 1e6:.2f} ({row['compatible_parameters'] / 1e6:.2f})",
-            f"{row['gmac']:.2f} ({row['compatible_gmac']:.2f})",
+            f"{row['parameters'] / 1e6:.2f}\n({row['compatible_parameters'] / 1e6:.2f})",
+            f"{row['gmac']:.2f}\n({row['compatible_gmac']:.2f})",
             f"{row['saved_mib']:.0f}",
             f"{row['step_mib']:.0f}" if "step_mib" in row else "-",
             f"{1000 * row['forward_s']:.0f}" if "forward_s" in row else "-",

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from dints_deploy.errors import EngineError
-from dints_search.cost import Setting, memory_table
+from dints_search.cost import Setting, count_saved
 from dints_search.genotype import Genotype
 from dints_search.network import DiNTSNetwork, count_gmac, count_parameters
 
@@ -62,31 +62,16 @@ class Measured:
 
 
 def count(genotype: Genotype, setting: Setting) -> Counts:
-    """Count a genotype's network for the setting's window, channels and width; its own `up` order holds."""
+    """Count a genotype's network for the setting's window, channels and width; space and `up` are the genotype's."""
     batch = setting.batch
     with torch.device("meta"):
         deployed, published = (build(genotype, setting, compatible=all_stems) for all_stems in (False, True))
-    table = memory_table(setting_of(genotype, setting))
     return Counts(
         count_parameters(deployed),
         batch * count_gmac(deployed, setting.size),
         count_parameters(published),
         batch * count_gmac(published, setting.size),
-        table.of(genotype) / MIB,
-    )
-
-
-def setting_of(genotype: Genotype, setting: Setting) -> Setting:
-    """Return the setting in the space, and with the order of upsampling, that the genotype has."""
-    space = type(setting.space)(genotype.num_blocks, genotype.num_depths)
-    return Setting(
-        space,
-        setting.size,
-        in_channels=setting.in_channels,
-        num_classes=setting.num_classes,
-        channel_multiplier=setting.channel_multiplier,
-        batch=setting.batch,
-        up=genotype.up,
+        count_saved(deployed, (batch, setting.in_channels, *setting.size)) / MIB,
     )
 
 
