@@ -63,7 +63,7 @@ def image_has_two_channels(task: Path) -> None:
     write_nifti(path, Volume(np.concatenate([image.data] * 2), image.affine))
 
 
-def change(folder: Path, to: Callable[[np.ndarray], np.ndarray]) -> None:  # type: ignore[type-arg]
+def change(folder: Path, to: Callable[[np.ndarray], np.ndarray]) -> None:
     path = folder / f"{BAD}.nii.gz"
     volume = read_nifti(path)
     write_nifti(path, Volume(to(volume.data[0]).astype(volume.data.dtype)[np.newaxis], volume.affine))
