@@ -97,11 +97,19 @@ class Accepts(Strict):
         return self
 
 
+GeometryAction = Literal["accept", "regularise", "refuse"]
+
+
 class GeometryPolicy(Strict):
     """What to do with a DICOM series whose slices are not a regular, upright stack."""
 
-    tilt: Literal["regularise", "refuse"] = "refuse"
+    tilt: GeometryAction = "refuse"
+    """`accept` keeps the sheared grid: the network sees the anatomy sheared as it was scanned."""
     uneven: Literal["regularise", "refuse"] = "refuse"
+    """Uneven steps and missing slices; accepting them would stretch the volume."""
+    minimum_slices: PositiveInt = 3
+    findings: dict[str, GeometryAction] = Field(default_factory=dict)
+    """Code of any other finding -> action, where the gate leaves a choice (docs/dicom.md)."""
 
 
 class Postprocess(Strict):

@@ -16,7 +16,7 @@ from dints_deploy.dicom.gate import GeometryReport, decide
 from dints_deploy.dicom.read import report_on
 from dints_deploy.dicom.regular import regular_grid
 from dints_deploy.dicom.series import Series, Study
-from dints_deploy.errors import ScanRefused
+from dints_deploy.errors import EntryError, ScanRefused, UsageError
 from dints_deploy.imaging.volume import Grid, Volume
 from dints_deploy.runtime.accepts import check_accepts
 
@@ -39,9 +39,20 @@ class Choice:
 
 
 def policy_of(geometry: GeometryPolicy) -> Policy:
-    """Return the gate's policy that an entry declares."""
-    uneven = Action(geometry.uneven)
-    return Policy({"dicom-tilt": Action(geometry.tilt), "dicom-uneven-steps": uneven, "dicom-missing-slice": uneven})
+    """Return the gate's policy that an entry declares.
+
+    Raises:
+        EntryError: `entry-invalid` for a finding that there is not, or an action that it does not allow.
+    """
+    named = {"dicom-tilt": geometry.tilt, "dicom-uneven-steps": geometry.uneven, "dicom-missing-slice": geometry.uneven}
+    if twice := sorted(named.keys() & geometry.findings.keys()):
+        message = f"expected {', '.join(twice)} as tilt or uneven, found it in geometry.findings: remove it there"
+        raise EntryError("entry-invalid", message)
+    actions = {code: Action(action) for code, action in {**named, **geometry.findings}.items()}
+    try:
+        return Policy(actions, minimum_slices=geometry.minimum_slices)
+    except UsageError as error:
+        raise EntryError("entry-invalid", f"geometry.findings: {error.message}") from error
 
 
 def choose_series(studies: Mapping[str, Study], entry: Entry) -> Choice:
@@ -85,8 +96,8 @@ def check_series(series: Series, channel: Channel, entry: Entry, policy: Policy)
         raise ScanRefused("scan-modality", f"expected {channel.modality}, found {found}: choose {ANOTHER}")
     _check_words(series, channel)
     report = report_on(series, policy=policy)
-    decide(report.findings, policy, series.label)
-    check_accepts(_shell(report), entry, modality=series.Modality)
+    regularising = decide(report.findings, policy, series.label)
+    check_accepts(_shell(report, regularised=bool(regularising)), entry, modality=series.Modality)
 
 
 def _check_words(series: Series, channel: Channel) -> None:
@@ -99,7 +110,7 @@ def _check_words(series: Series, channel: Channel) -> None:
     elif rule.body_part and not _matches(series.BodyPartExamined.lower(), rule.body_part):
         expected = f"a body part of {' or '.join(rule.body_part)}"
     elif rule.contrast != "any" and series.contrast != (rule.contrast == "required"):
-        expected = f"contrast agent to be {rule.contrast}"
+        expected = f"a series with contrast agent {rule.contrast}"
     if expected:
         raise ScanRefused("series-rule", f"expected {expected}, found otherwise: choose {ANOTHER}")
 
@@ -108,9 +119,9 @@ def _matches(text: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(text, pattern.lower()) for pattern in patterns)
 
 
-def _shell(report: GeometryReport) -> Volume:
-    """Return a volume of the series' size and place that holds no voxels of its own."""
-    grid: Grid = report.grid or regular_grid(report)
+def _shell(report: GeometryReport, *, regularised: bool) -> Volume:
+    """Return a volume of the size and place that the series will have, which holds no voxels of its own."""
+    grid: Grid = regular_grid(report) if regularised or report.grid is None else report.grid
     return Volume(np.broadcast_to(np.uint8(0), (1, *grid.shape)), grid.affine)
 
 

@@ -34,7 +34,8 @@ def check_accepts(scan: Volume, entry: Entry, *, modality: str | None = None) ->
     if modality is not None and modality not in accepts.modality:
         raise ScanRefused("scan-modality", f"expected {' or '.join(accepts.modality)}, found {modality}")
     grid = _upright(scan)
-    _check_orthogonal(grid)
+    if entry.geometry.tilt != "accept":
+        _check_orthogonal(grid)
     _check("scan-shape", "voxels", grid.shape, accepts.shape_min, None, entry)
     _check("scan-spacing", "mm of spacing", grid.spacing, accepts.spacing_min, accepts.spacing_max, entry)
     _check("scan-extent", "mm of extent", grid.extent, accepts.extent_min, accepts.extent_max, entry)

@@ -84,6 +84,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     accepts = {"modality": ["CT"]}
     fields = threshold_entry("ct", channels=[{"name": "CT", **ct}], accepts=accepts)
     machine.add(fields | {"geometry": {"uneven": "regularise"}})
+    for tilt in ("accept", "regularise"):
+        fields = threshold_entry(f"tilt-{tilt}", channels=[{"name": "CT", **ct}], accepts=accepts)
+        machine.add(fields | {"geometry": {"tilt": tilt}})
     fields = threshold_entry("pair", channels=[{"name": name, **ct} for name in ("plain", "late")], accepts=accepts)
     write_entry(machine.folder / "zoo" / "pair", fields, [bright_in(1, 2)])
     with pytest.MonkeyPatch.context() as patch:
@@ -339,3 +342,30 @@ def test_dicom_and_nifti_channels_of_one_case_are_a_wrong_call(machine: Machine,
     wrong = ("--channel", f"one={tmp_path / 'plain'}", "--channel", f"two={tmp_path / 'plain'}")
     done = segment(*wrong, "--model", "pair", "-o", tmp_path / "out")
     assert (done.code, cases(done)[0]["code"]) == (REFUSED, "scan-channels")
+
+
+# --- an entry's policy ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["accept", "regularise"])
+def test_a_tilted_series_is_segmented_as_the_entry_says(machine: Machine, tmp_path: Path, action: str) -> None:
+    """Accepted, the mask is the threshold on every source slice; regularised, it is within the interpolation."""
+    upright = block()
+    solid = upright.pixels % 100
+    solid[1:6, 4:16, 5:14] += 900
+    places = upright.positions + np.arange(10)[:, np.newaxis] * np.array([0, 0.5, 0])
+    leaning = replace(upright, pixels=solid, positions=places)
+    paths = write(tmp_path / "in", leaning)
+    refused = segment(tmp_path / "in", "--model", "ct", "-o", tmp_path / "out")
+    assert (refused.code, cases(refused)[0]["code"]) == (REFUSED, "dicom-tilt")
+    done = segment(tmp_path / "in", "--model", f"tilt-{action}", "-o", tmp_path / "out", "--to", "dicom-seg")
+    assert done.code == 0, done.err
+    seg = tmp_path / "out" / "in_seg.seg.dcm"
+    assert failed_checks(seg, tmp_path / "in") == []
+    found, expected = mask_of(read_object(seg)), expected_mask(paths)
+    if action == "accept":
+        assert same(found, expected)
+        return
+    pixels = [(found[uid].astype(bool), mask.astype(bool)) for uid, mask in expected.items()]
+    overlap = sum(int((a & b).sum()) for a, b in pixels) / sum(int((a | b).sum()) for a, b in pixels)
+    assert overlap > 0.8
