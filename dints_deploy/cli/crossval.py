@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dints_deploy.catalog.dataset import FOLDS, read_dataset
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
+
+if TYPE_CHECKING:
+    from dints_search.crossval import CrossValidation
+    from dints_search.recipe import Recipe
 
 
 def crossval_command(
@@ -57,21 +61,23 @@ def crossval_command(
                 cache=cache,
                 report=lambda number, done, total: bar(folds.index(number) * total + done, len(folds) * total),
             )
-        say_json({"out": str(out), **result.as_dict()}) if as_json else _show(result, recipe.label_names)
+        say_json({"out": str(out), **result.as_dict()}) if as_json else _show(result, recipe)
 
 
-def _show(result: Any, names: dict[int, str]) -> None:
+def _show(result: CrossValidation, recipe: Recipe) -> None:
     from rich.table import Table
 
     folds = ", ".join(f"fold {fold} {_number(dice)}" for fold, dice in result.folds.items())
     table = Table("structure", "Dice", "spread over folds", "over all cases", "NSD", title=folds)
-    for value, name in names.items():
+    for value, name in recipe.label_names.items():
         dice, nsd = result.dice[value], result.nsd[value]
         row = (dice.mean, dice.deviation, dice.over_cases, nsd.mean)
         table.add_row(name, *(_number(score) for score in row))
     mean = result.mean_dice
     table.add_row("mean", _number(mean.mean), _number(mean.deviation), _number(mean.over_cases), "")
     say(table)
+    for scores in recipe.published:
+        say(f"published on the test set, {scores.method}: Dice {', '.join(_number(dice) for dice in scores.dice)}")
 
 
 def _number(value: float | None) -> str:
