@@ -265,6 +265,8 @@ class Daemon:
         problems = [part.problem for part in self._parts if part.problem]
         problems += [f"{part.name} ended" for part in self._parts if not part.alive]
         problems += [watch.problem for watch in self._watches if watch.problem]
+        troubled = {device: performer.worker.problem for device, performer in self._performers.items()}
+        problems += [f"worker-{device}: {problem}" for device, problem in troubled.items() if problem]
         problems += ["stopping"] * self._stopping.is_set()
         workers = {device: performer.doing for device, performer in self._performers.items()}
         return take_snapshot(self._store, self._intake, self._tally, problems=problems, workers=workers)

@@ -23,6 +23,9 @@ START_SECONDS: Final = 60.0
 SILENCE_SECONDS: Final = 30.0
 """Without a sign of life a worker counts as hung."""
 
+WORRY_SECONDS: Final = 10.0
+"""Without a sign of life the daemon says that it is not ready."""
+
 LOOK_SECONDS: Final = 0.25
 """Time between two looks at a worker's memory and at whether it is still wanted."""
 
@@ -51,6 +54,14 @@ class Worker:
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
+        self._heard_s: float | None = None
+
+    @property
+    def problem(self) -> str:
+        """Say that the process has something to do and gives no sign of life; empty otherwise. From any thread."""
+        heard_s = self._heard_s
+        silent = 0.0 if heard_s is None else time.monotonic() - heard_s
+        return f"no sign of life for {silent:.0f} s" if silent > WORRY_SECONDS else ""
 
     @property
     def pid(self) -> int | None:
@@ -108,22 +119,25 @@ class Worker:
 
     def _answer(self, kinds: tuple[str, ...], seconds: float, wanted: Callable[[], bool]) -> dict[str, Any] | None:
         """Return the next answer of some kind, passing over signs of life."""
-        begin = heard = time.monotonic()
-        while True:
-            now = time.monotonic()
-            if now - begin > seconds:
-                raise self._ended("worker-hung", f"expected an answer within {seconds:g} s, found none")
-            if now - heard > self._limits.silence_seconds:
-                raise self._ended("worker-hung", f"expected a sign of life, found none for {now - heard:.0f} s")
-            self._check_memory()
-            if not wanted():
-                self.stop()
-                return None
-            for line in self._lines():
-                heard = time.monotonic()
-                answer: dict[str, Any] = json.loads(line)
-                if answer["kind"] in kinds:
-                    return answer
+        begin = heard = self._heard_s = time.monotonic()
+        try:
+            while True:
+                now = time.monotonic()
+                if now - begin > seconds:
+                    raise self._ended("worker-hung", f"expected an answer within {seconds:g} s, found none")
+                if now - heard > self._limits.silence_seconds:
+                    raise self._ended("worker-hung", f"expected a sign of life, found none for {now - heard:.0f} s")
+                self._check_memory()
+                if not wanted():
+                    self.stop()
+                    return None
+                for line in self._lines():
+                    heard = self._heard_s = time.monotonic()
+                    answer: dict[str, Any] = json.loads(line)
+                    if answer["kind"] in kinds:
+                        return answer
+        finally:
+            self._heard_s = None
 
     def _lines(self) -> list[bytes]:
         """Return whole lines that came in, after a short wait for them."""
