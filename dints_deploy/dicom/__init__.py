@@ -13,6 +13,7 @@ Out        result    a mask on its way into objects              provenance  wha
            objects   what all objects share; how a file appears  uid       UIDs that follow from content
            seg  measure  rtstruct (contour)  capture  refusal    one kind of object each
 Check      selfcheck before a file gets its name                 readback  reads objects by none of the writing code
-           verify    a written object against zoo and sourceNetwork    listen    a C-STORE listener                          spool     an object while it comes in
+           verify    a written object against zoo and source
+Network    listen    a C-STORE listener                      spool     an object while it comes in
            instance  what one object says of its study           network   send, commit, count
 """
