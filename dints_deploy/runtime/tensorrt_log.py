@@ -9,7 +9,6 @@ import tensorrt as trt
 from dints_deploy.errors import EngineError
 from dints_deploy.runtime.engine import engine_error
 
-
 T = TypeVar("T")
 
 

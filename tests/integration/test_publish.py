@@ -190,6 +190,21 @@ def test_a_network_is_exported_from_its_entry_unchanged_and_from_its_run_anew(pl
         np.testing.assert_allclose(session.run(None, {"scan": batch.numpy()})[0], expected, atol=1e-3)
 
 
+def test_a_run_is_exported_in_half_precision_with_its_proof(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINTS_STATE", str(tmp_path / "state"))
+    run, data = place / "run0", place / "task"
+    words = ["--run", run, "--data", data, "--onnx", "--precision", "fp16", "-o", tmp_path, "--json"]
+    said = run_cli("export", *words)
+    assert said.code == 0, said.err
+    document = json.loads(said.out)
+    assert document["files"] == [str(tmp_path / "run0-model-fp16.onnx")]
+    [measured] = document["measured"]
+    assert measured["comparison"]["label_agreement"] >= 0.999
+    assert len(document["certificates"]) == 1
+
+
 def test_an_exported_network_carries_no_path_of_the_machine_that_made_it(place: Path) -> None:
     data = (place / "out" / "balls" / "model.onnx").read_bytes()
     home = Path(torch.__file__).parents[1]

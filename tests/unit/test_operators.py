@@ -55,7 +55,7 @@ REFUSED = {
     "cubic": (one("Resize", ["scan", "", "s"], [SCALES], mode="cubic"), "mode b'cubic'"),
     "antialias": (one("Resize", ["scan", "", "s"], [SCALES], mode="linear", antialias=1), "antialias 1"),
     "zero point": (
-        one("QuantizeLinear", ["scan", "x", "z"], [tensor("x", np.float32(1)), tensor("z", np.uint8(3))]),
+        one("QuantizeLinear", ["scan", "s", "z"], [SCALES, tensor("z", np.array(3, np.uint8))]),
         "zero point",
     ),
 }  # fmt: skip
