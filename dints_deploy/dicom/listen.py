@@ -7,6 +7,7 @@ is asked before anything is negotiated; and the end of every association is told
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -17,7 +18,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, _config, evt
+from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RQ
@@ -26,7 +27,7 @@ from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification, uid_to_service_class
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
-from dints_deploy.dicom.network import reported
+from dints_deploy.dicom.network import reported, settle_library
 from dints_deploy.dicom.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Incoming, Spool
 from dints_deploy.errors import DintsError
 
@@ -142,7 +143,7 @@ def listen(
     Raises:
         OSError: the port cannot be opened.
     """
-    _config.LOG_HANDLER_LEVEL = "none"  # the library's own handlers log what peers say
+    settle_library()
     entity = AE()
     entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
@@ -230,7 +231,7 @@ class _Accepted(Association):  # type: ignore[misc]
     def __init__(self, entity: AE, server: _Server, connection: socket.socket, address: str) -> None:
         super().__init__(entity, "acceptor")
         self.name = f"AcceptorThread@{self.native_id or secrets.token_hex(4)}"  # the library finds its threads by it
-        self._server = server
+        self._server, self._connection = server, connection
         self.reception = server.reception
         certified = isinstance(connection, ssl.SSLSocket) and bool(connection.getpeercert())
         self.peer = Peer(secrets.token_hex(8), address, certified=certified)
@@ -243,6 +244,7 @@ class _Accepted(Association):  # type: ignore[misc]
         try:
             super().run_reactor()
         finally:
+            self._connection.close()
             self.spooling.discard()
             if self.peer.calling:
                 self.reception.closed(self.peer, clean=self.is_released)
@@ -267,6 +269,14 @@ class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
                 return data[:done]
             done += count
         return data
+
+    def _shutdown_socket(self) -> None:
+        """End the connection; the library leaves it open where the peer was quicker."""
+        connection = self.socket
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
 
 class _Spooling(DIMSEServiceProvider):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import ssl
 import threading
@@ -85,6 +86,13 @@ class Commitments:
             return self._reports.pop(transaction, None)
 
 
+def settle_library() -> None:
+    """Set what pynetdicom knows only as globals: no log, as it quotes what peers say; files go out without decoding."""
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
+    _config.LOG_HANDLER_LEVEL = "none"
+    _config.STORE_SEND_CHUNKED_DATASET = True
+
+
 def echo(remote: Remote) -> None:
     """Ask whether a node answers (C-ECHO).
 
@@ -157,34 +165,37 @@ def _contexts(instances: Sequence[Instance], *, commit: bool) -> list[Any]:
 @contextlib.contextmanager
 def _association(remote: Remote, contexts: list[Any], commitments: Commitments | None = None) -> Iterator[Any]:
     """Open an association and release it at the end; abort it where that fails or the work in it did."""
-    _config.LOG_HANDLER_LEVEL = "none"
-    _config.STORE_SEND_CHUNKED_DATASET = True  # files go out as they are, without being decoded
+    settle_library()
     entity = AE(remote.calling_ae_title)
     entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
     entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = remote.timeout_seconds
     entity.network_timeout = None  # each answer has its own time; waiting for a commitment is no fault
-    opened: list[Any] = []
-    handlers: list[Any] = [(evt.EVT_CONN_OPEN, opened.append)]
+    opened: list[socket.socket] = []
+    handlers: list[Any] = [(evt.EVT_CONN_OPEN, lambda event: opened.append(event.assoc.dul.socket.socket))]
     if commitments is not None:
         handlers.append((evt.EVT_N_EVENT_REPORT, _report_to(commitments)))
     begun = time.monotonic()
-    association = entity.associate(
-        remote.host,
-        remote.port,
-        contexts,
-        remote.ae_title,
-        tls_args=None if remote.tls is None else (remote.tls, remote.host),
-        evt_handlers=handlers,
-    )
-    if not association.is_established:
-        raise _not_established(association, remote, begun, opened=bool(opened))
     try:
-        yield association
-        association.release()
+        association = entity.associate(
+            remote.host,
+            remote.port,
+            contexts,
+            remote.ae_title,
+            tls_args=None if remote.tls is None else (remote.tls, remote.host),
+            evt_handlers=handlers,
+        )
+        if not association.is_established:
+            raise _not_established(association, remote, begun, opened=bool(opened))
+        try:
+            yield association
+            association.release()
+        finally:
+            if not association.is_released:
+                association.abort()
     finally:
-        if not association.is_released:
-            association.abort()
+        for connection in opened:  # the library leaves it open where the other side was quicker
+            connection.close()
 
 
 def _report_to(commitments: Commitments) -> Callable[[evt.Event], tuple[int, None]]:
