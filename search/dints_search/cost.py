@@ -7,9 +7,9 @@ Each piece is the real module at its real size; work and activations are counted
 from __future__ import annotations
 
 import copy
-import statistics
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -28,6 +28,12 @@ from dints_search.space import SearchSpace
 Shape = tuple[int, ...]
 Measure = Callable[[nn.Module, Shape], float]
 """Return the cost of a module that lies on the meta device, for an input of this shape (N, C, I, J, K)."""
+
+Piece = tuple[nn.Module, Shape]
+"""A module on the meta device and the shape of its input."""
+
+Clock = Callable[[], float]
+"""Return seconds."""
 
 Cache = dict[str, float]
 """Seconds by piece, for the caller to keep and to pass in again: measuring takes a while."""
@@ -117,13 +123,31 @@ def memory_table(setting: Setting, *, dtype: torch.dtype = torch.float32) -> Cos
     return tabulate(setting, lambda module, shape: count_saved(module.to(dtype), shape, dtype=dtype))
 
 
-def latency_table(setting: Setting, *, device: str = "cpu", repeats: int = 5, cache: Cache | None = None) -> CostTable:
-    """Return the seconds of a forward pass for one batch, measured on this machine with the present threads."""
+def latency_table(
+    setting: Setting,
+    *,
+    device: str = "cpu",
+    repeats: int = 5,
+    cache: Cache | None = None,
+    clock: Clock = time.perf_counter,
+) -> CostTable:
+    """Return the seconds of a forward pass for one batch, measured on this machine with the present threads.
 
-    def measure(module: nn.Module, shape: Shape) -> float:
-        return time_forward(module, shape, device=device, repeats=repeats)
+    All pieces are timed in turn, not each by itself many times: in a network, too, every piece finds its weights and
+    its input out of the processor's caches. A cell's time holds the sum into the node that it enters.
+    """
+    figures: Cache = {} if cache is None else cache
+    pieces: list[Piece] = []
 
-    return tabulate(setting, measure, cache=cache, machine=f"{device}, {torch.get_num_threads()} threads: ")
+    def number(module: nn.Module, shape: Shape) -> float:
+        pieces.append((module, shape))
+        return float(len(pieces) - 1)
+
+    numbered, machine = dict(figures), f"{device}, {torch.get_num_threads()} threads: "
+    tabulate(setting, number, cache=numbered, machine=machine)
+    seconds = time_in_turn(pieces, device=device, repeats=repeats, clock=clock)
+    figures |= {key: seconds[int(n)] for key, n in numbered.items() if key not in figures}
+    return tabulate(setting, number, cache=figures, machine=machine)
 
 
 def tabulate(setting: Setting, measure: Measure, *, cache: Cache | None = None, machine: str = "") -> CostTable:
@@ -201,27 +225,41 @@ def _identity(tensor: Tensor) -> int:
 
 
 def time_forward(
-    module: nn.Module,
-    shape: Shape,
-    *,
-    device: str = "cpu",
-    repeats: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
+    module: nn.Module, shape: Shape, *, device: str = "cpu", repeats: int = 5, clock: Clock = time.perf_counter
 ) -> float:
-    """Return the median seconds of a forward pass without gradients, after one that is not counted."""
+    """Return the least seconds of a forward pass without gradients, after one that is not counted."""
+    return time_in_turn([(module, shape)], device=device, repeats=repeats, clock=clock)[0]
+
+
+def time_in_turn(
+    pieces: Sequence[Piece], *, device: str = "cpu", repeats: int = 5, clock: Clock = time.perf_counter
+) -> list[float]:
+    """Return the least seconds of a forward pass of every module: all once, uncounted, then all again and again.
+
+    The least, because whatever else runs on the machine only adds.
+    """
+    ready = [_on_device(module, device) for module, _ in pieces]
+    inputs = {shape: torch.randn(shape, device=device) for _, shape in pieces}
+    least = [math.inf] * len(ready)
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            for n, (module, (_, shape)) in enumerate(zip(ready, pieces, strict=True)):
+                _wait(device)
+                start = clock()
+                result = module(inputs[shape])
+                if isinstance(module, Cell):
+                    result = result + result
+                _wait(device)
+                if turn:
+                    least[n] = min(least[n], clock() - start)
+    return least
+
+
+def _on_device(module: nn.Module, device: str) -> nn.Module:
     module = copy.deepcopy(module).to_empty(device=device).eval()
     for p in module.parameters():
         nn.init.normal_(p, std=0.02)
-    x = torch.randn(shape, device=device)
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            _wait(device)
-            start = clock()
-            module(x)
-            _wait(device)
-            seconds.append(clock() - start)
-    return statistics.median(seconds[1:])
+    return module
 
 
 def _wait(device: str) -> None:

@@ -19,6 +19,7 @@ from dints_search.cost import (
     reference_memory,
     tabulate,
     time_forward,
+    time_in_turn,
     work_table,
 )
 from dints_search.genotype import Genotype
@@ -132,10 +133,18 @@ class Clocked(nn.Module):
         return x
 
 
-def test_the_time_is_the_median_without_the_first_pass() -> None:
+def test_the_time_is_the_least_without_the_first_pass() -> None:
     clock = [0.0]
-    module = Clocked(clock, [100.0, 1.0, 50.0, 2.0])
+    module = Clocked(clock, [1.0, 100.0, 50.0, 2.0])
     assert time_forward(module, (1, 1, 2, 2, 2), repeats=3, clock=lambda: clock[0]) == 2.0
+
+
+def test_pieces_are_timed_in_turn_each_with_its_own_time() -> None:
+    clock = [0.0]
+    pieces = [Clocked(clock, [9.0, 3.0, 4.0]), Clocked(clock, [9.0, 7.0, 5.0])]
+    shape = (1, 1, 2, 2, 2)
+    found = time_in_turn([(piece, shape) for piece in pieces], repeats=2, clock=lambda: clock[0])
+    assert found == [3.0, 5.0]
 
 
 def test_every_piece_takes_time_on_this_machine() -> None:
