@@ -160,10 +160,9 @@ def measure(proof: Proof, window: Window, given: argparse.Namespace) -> None:
     }
     for key, value in facts.items():
         print(f"{key}: {value}")
-    name = f"engines_{given.genotype.stem}" if given.genotype else "engines"
-    title = (
-        f"Engines and precisions per window: {given.genotype.stem + ', untrained' if given.genotype else given.entry}"
-    )
+    about = f"{given.genotype.parent.name}, untrained" if given.genotype else given.entry
+    name = f"engines_{given.genotype.parent.name}" if given.genotype else "engines"
+    title = f"Engines and precisions per window: {about}"
     table = {"columns": columns, "rows": rows}
     write(name, {"title": title, "rounds": given.rounds, "seconds": seconds, "tables": [table], "facts": facts})
 
