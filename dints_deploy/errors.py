@@ -66,6 +66,7 @@ REASONS: Final[dict[str, str]] = {
     "delivery-aborted": "the destination broke off the transfer",
     "delivery-timeout": "the destination did not answer in time",
     "delivery-uncommitted": "the destination did not commit to keep the object",
+    "delivery-unready": "a stored result, a certificate or a token cannot be read any more",
     "delivery-folder": "the folder of the destination cannot be written",
     "delivery-conflict": "another file of the same name lies at the destination",
     # the file of a scan

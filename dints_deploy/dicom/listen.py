@@ -7,7 +7,6 @@ is asked before anything is negotiated; and the end of every association is told
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import socket
@@ -25,9 +24,9 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.presentation import build_context
 from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification, uid_to_service_class
-from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
+from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
-from dints_deploy.dicom.network import reported, settle_library
+from dints_deploy.dicom.network import ClosingSocket, reported, settle_library
 from dints_deploy.dicom.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Incoming, Spool
 from dints_deploy.errors import DintsError
 
@@ -250,7 +249,7 @@ class _Accepted(Association):  # type: ignore[misc]
                 self.reception.closed(self.peer, clean=self.is_released)
 
 
-class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
+class _BoundedSocket(ClosingSocket):
     """Reads whole PDUs, and no larger ones than allowed: a header may claim 4 GiB."""
 
     def __init__(self, association: Association, connection: socket.socket, limit_bytes: int) -> None:
@@ -269,14 +268,6 @@ class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
                 return data[:done]
             done += count
         return data
-
-    def _shutdown_socket(self) -> None:
-        """End the connection; the library leaves it open where the peer was quicker."""
-        connection = self.socket
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
 
 
 class _Spooling(DIMSEServiceProvider):  # type: ignore[misc]

@@ -20,6 +20,7 @@ from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom import AE, _config, evt
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import StorageCommitmentPushModel, StudyRootQueryRetrieveInformationModelFind, Verification
+from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from dints_deploy.dicom.header import NATIVE
 from dints_deploy.dicom.instance import Instance, identify
@@ -84,6 +85,29 @@ class Commitments:
         with self._changed:
             self._changed.wait_for(lambda: self._reports.get(transaction) is not None, timeout=seconds)
             return self._reports.pop(transaction, None)
+
+
+class ClosingSocket(AssociationSocket):  # type: ignore[misc]  # the library has no types
+    """Closes its connection whatever the other side did; the library leaves it open where that was quicker."""
+
+    def _shutdown_socket(self) -> None:
+        connection = self.socket
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+
+class _Caller(AE):  # type: ignore[misc]
+    """An application entity that calls others."""
+
+    def _create_socket(
+        self, assoc: Any, address: AddressInformation, tls_args: tuple[ssl.SSLContext, str] | None
+    ) -> ClosingSocket:
+        connection = ClosingSocket(assoc, address=address)
+        if tls_args:
+            connection.tls_args = tls_args
+        return connection
 
 
 def settle_library() -> None:
@@ -166,36 +190,32 @@ def _contexts(instances: Sequence[Instance], *, commit: bool) -> list[Any]:
 def _association(remote: Remote, contexts: list[Any], commitments: Commitments | None = None) -> Iterator[Any]:
     """Open an association and release it at the end; abort it where that fails or the work in it did."""
     settle_library()
-    entity = AE(remote.calling_ae_title)
+    entity = _Caller(remote.calling_ae_title)
     entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
     entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = remote.timeout_seconds
     entity.network_timeout = None  # each answer has its own time; waiting for a commitment is no fault
-    opened: list[socket.socket] = []
-    handlers: list[Any] = [(evt.EVT_CONN_OPEN, lambda event: opened.append(event.assoc.dul.socket.socket))]
+    opened: list[Any] = []
+    handlers: list[Any] = [(evt.EVT_CONN_OPEN, opened.append)]
     if commitments is not None:
         handlers.append((evt.EVT_N_EVENT_REPORT, _report_to(commitments)))
     begun = time.monotonic()
+    association = entity.associate(
+        remote.host,
+        remote.port,
+        contexts,
+        remote.ae_title,
+        tls_args=None if remote.tls is None else (remote.tls, remote.host),
+        evt_handlers=handlers,
+    )
+    if not association.is_established:
+        raise _not_established(association, remote, begun, opened=bool(opened))
     try:
-        association = entity.associate(
-            remote.host,
-            remote.port,
-            contexts,
-            remote.ae_title,
-            tls_args=None if remote.tls is None else (remote.tls, remote.host),
-            evt_handlers=handlers,
-        )
-        if not association.is_established:
-            raise _not_established(association, remote, begun, opened=bool(opened))
-        try:
-            yield association
-            association.release()
-        finally:
-            if not association.is_released:
-                association.abort()
+        yield association
+        association.release()
     finally:
-        for connection in opened:  # the library leaves it open where the other side was quicker
-            connection.close()
+        if not association.is_released:
+            association.abort()
 
 
 def _report_to(commitments: Commitments) -> Callable[[evt.Event], tuple[int, None]]:

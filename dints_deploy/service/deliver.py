@@ -17,7 +17,7 @@ from dints_deploy.config.tls import client_context
 from dints_deploy.dicom.instance import identify
 from dints_deploy.dicom.network import Commitments, Remote, echo
 from dints_deploy.dicom.network import send as send_dicom
-from dints_deploy.errors import DeliveryError, OutputError
+from dints_deploy.errors import DeliveryError, OutputError, ScanRefused, UsageError
 from dints_deploy.files import make_folder, replacing, sha256_file
 from dints_deploy.service.stow import Service
 from dints_deploy.service.stow import send as send_stow
@@ -52,6 +52,15 @@ def send(
     Raises:
         DeliveryError: with its code, and whether a later attempt can help.
     """
+    try:
+        return _send(destination, files, name, commitments)
+    except DeliveryError:
+        raise
+    except (ScanRefused, UsageError) as error:  # a stored file, a certificate or a token that is not what it was
+        raise DeliveryError("delivery-unready", error.message, retryable=True) from error
+
+
+def _send(destination: Destination, files: Sequence[Path], name: str, commitments: Commitments | None) -> Receipt:
     if isinstance(destination, FolderDestination):
         return Receipt(destination.name, tuple(_place(file, destination.path / name) for file in files))
     objects = [file for file in files if file.suffix == ".dcm"]

@@ -9,7 +9,7 @@ from typing import Final
 from dints_deploy.config.intake import Completeness, Query
 from dints_deploy.config.tls import client_context
 from dints_deploy.dicom.network import Remote, count_instances
-from dints_deploy.errors import DeliveryError
+from dints_deploy.errors import DintsError
 
 LOGGER: Final = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def ask_sender(rules: Completeness, calling: Sequence[str], study: str) -> dict[
             continue
         try:
             counts |= count_instances(_remote(query), study)
-        except DeliveryError as error:
+        except DintsError as error:
             LOGGER.warning("a sender could not be asked", extra={"action": "query_failed", "code": error.code})
     return counts
 

@@ -20,21 +20,20 @@ from dints_deploy.dicom.instance import identify
 from dints_deploy.dicom.listen import Bounds, Listening, Peer, Rejection, listen
 from dints_deploy.dicom.network import Commitments
 from dints_deploy.dicom.spool import Incoming
-from dints_deploy.errors import DintsError, IntakeRefused, UsageError
+from dints_deploy.errors import DintsError, IntakeRefused, ScanRefused, UsageError
 from dints_deploy.service.model import Intake, Received
 
 LOGGER: Final = logging.getLogger(__name__)
 
 SUCCESS: Final = 0x0000
+OUT_OF_RESOURCES: Final = 0xA700
 CANNOT_UNDERSTAND: Final = 0xC000
 STATUS: Final[dict[str, int]] = {
-    "intake-disk": 0xA700,
-    "disk-full": 0xA700,
-    "output-unwritable": 0xA700,
-    "intake-too-large": 0xA700,
+    "intake-disk": OUT_OF_RESOURCES,
+    "intake-too-large": OUT_OF_RESOURCES,
     "intake-mismatch": 0xA900,
 }
-"""Reason code -> status of C-STORE (PS3.4 B.2.3): out of resources, data set does not match; else cannot understand."""
+"""Reason code -> status of C-STORE (PS3.4 B.2.3), where the fault is not simply the object's or ours."""
 
 CALLING_UNKNOWN: Final = Rejection(1, 1, 3)
 CALLED_UNKNOWN: Final = Rejection(1, 1, 7)
@@ -56,7 +55,7 @@ class Receiver:
         self._intake, self._incoming = intake, incoming
         self._open: list[Listening] = []
         self._refused: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock, self._failed = threading.Lock(), threading.Event()
 
     def start(self, listeners: Sequence[Listener]) -> None:
         """Open every port.
@@ -89,8 +88,8 @@ class Receiver:
 
     @property
     def alive(self) -> bool:
-        """Say whether every port still accepts connections."""
-        return all(listening.alive for listening in self._open)
+        """Say whether every port still accepts connections, and what happens on them is kept."""
+        return not self._failed.is_set() and all(listening.alive for listening in self._open)
 
     @property
     def associations(self) -> int:
@@ -118,7 +117,8 @@ class Receiver:
                 self._refused[refusal.code] += 1
             fields = {"action": "object_refused", "code": refusal.code, "association": peer.association}
             LOGGER.warning("refused an object", extra=fields)
-            return STATUS.get(refusal.code, CANNOT_UNDERSTAND)
+            ours = not isinstance(refusal, ScanRefused | IntakeRefused)
+            return STATUS.get(refusal.code, OUT_OF_RESOURCES if ours else CANNOT_UNDERSTAND)
         return SUCCESS
 
     def _take(self, peer: Peer, incoming: Incoming | DintsError) -> None:
@@ -145,7 +145,11 @@ class Receiver:
     def closed(self, peer: Peer, *, clean: bool) -> None:
         """Tell the intake that an association is over."""
         LOGGER.info("association over", extra={"action": "closed", "association": peer.association, "clean": clean})
-        self._intake.association_closed(peer.association, clean=clean)
+        try:
+            self._intake.association_closed(peer.association, clean=clean)
+        except DintsError:  # unknown to the database it would stay open for ever: better to start again
+            LOGGER.exception("the end of an association could not be kept", extra={"action": "close_failed"})
+            self._failed.set()
 
 
 class Port:

@@ -86,7 +86,7 @@ class Seen:
         with self._lock:
             self._stored[key] = (look, digest)
             self._digests.add(digest)
-            with self._path.open("a", encoding="ascii") as file:
+            with contextlib.suppress(OSError), self._path.open("a", encoding="ascii") as file:
                 file.write(_line(key, look, digest))
 
     def forget_others(self, present: Iterable[Path]) -> None:
