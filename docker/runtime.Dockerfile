@@ -9,16 +9,21 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 
-# What the locked versions need: this layer changes with constraints.txt and pyproject.toml only.
+FROM python AS requirements
+WORKDIR /build
+COPY pyproject.toml docker/requirements.py ./
+RUN python3 requirements.py pyproject.toml cpu > requirements.txt
+
+# What the appliance needs: this layer changes with the locked versions only.
 FROM python AS dependencies
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3-venv ca-certificates \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
-COPY constraints.txt pyproject.toml docker/requirements.py ./
+COPY --from=requirements /build/requirements.txt ./
+COPY constraints.txt ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/ca.pem \
     python3 -m venv /opt/dints-deploy \
- && python3 requirements.py pyproject.toml cpu > requirements.txt \
  && /opt/dints-deploy/bin/pip install --no-cache-dir --no-compile --disable-pip-version-check \
       -c constraints.txt -r requirements.txt
 COPY docker/trim.sh ./
@@ -45,17 +50,8 @@ RUN cp -r /layer/opt / \
 COPY docker/healthcheck.py /layer/opt/dints-deploy/bin/healthcheck.py
 
 FROM python AS runtime
-ARG VERSION=unknown
-ARG REVISION=unknown
-ARG CREATED=unknown
-LABEL org.opencontainers.image.title="dints-deploy" \
-      org.opencontainers.image.description="Clinical inference appliance for 3-D medical image segmentation, on a CPU. Research use only: not a medical device." \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.created="${CREATED}"
-RUN groupadd --system --gid 10001 dints-deploy \
- && useradd --system --uid 10001 --gid 10001 --home-dir /var/lib/dints-deploy --shell /usr/sbin/nologin dints-deploy \
+RUN groupadd --gid 10001 dints-deploy \
+ && useradd --uid 10001 --gid 10001 --home-dir /var/lib/dints-deploy --no-create-home --shell /usr/sbin/nologin dints-deploy \
  && install -d -m 700 -o dints-deploy -g dints-deploy /var/lib/dints-deploy \
  && install -d /etc/dints-deploy
 COPY --from=dependencies /opt/dints-deploy /opt/dints-deploy
@@ -73,3 +69,13 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=20s --retries=2 \
   CMD ["/opt/dints-deploy/bin/python", "/opt/dints-deploy/bin/healthcheck.py"]
 ENTRYPOINT ["dints-deploy"]
 CMD ["watch", "--config", "/etc/dints-deploy/appliance.toml"]
+# Last, as they change with every commit.
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.title="dints-deploy" \
+      org.opencontainers.image.description="Clinical inference appliance for 3-D medical image segmentation, on a CPU. Research use only: not a medical device." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
