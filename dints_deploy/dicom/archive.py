@@ -66,7 +66,8 @@ def unpack(archive: Path, folder: Path, *, limits: Limits = DEFAULT_LIMITS) -> t
 def _check(members: list[zipfile.ZipInfo], limits: Limits) -> None:
     """Refuse an archive by what its directory claims, before anything is unpacked."""
     if len(members) > limits.files:
-        raise ScanRefused("dicom-too-large", f"expected at most {limits.files} files in the zip, found {len(members)}")
+        found = f"found {len(members)}: pack one study"
+        raise ScanRefused("dicom-too-large", f"expected at most {limits.files} files in the zip, {found}")
     for info in members:
         parts = PurePosixPath(info.filename.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
@@ -76,10 +77,12 @@ def _check(members: list[zipfile.ZipInfo], limits: Limits) -> None:
         if info.flag_bits & ENCRYPTED:
             raise ScanRefused("dicom-archive", "expected a zip without a password, found an encrypted one: unpack it")
         if info.file_size > limits.archive_ratio * max(info.compress_size, 1024):
-            raise ScanRefused("dicom-too-large", f"expected to unpack at most {limits.archive_ratio} times, found more")
+            expected = f"expected to unpack at most {limits.archive_ratio} times"
+            raise ScanRefused("dicom-too-large", f"{expected}, found more: unpack the zip yourself")
     total = sum(info.file_size for info in members)
     if total > limits.archive_bytes:
-        raise ScanRefused("dicom-too-large", f"expected at most {limits.archive_bytes} bytes unpacked, found {total}")
+        found = f"found {total}: pack one study"
+        raise ScanRefused("dicom-too-large", f"expected at most {limits.archive_bytes} bytes unpacked, {found}")
 
 
 def _copy(member: BinaryIO, path: Path, left: int) -> int:

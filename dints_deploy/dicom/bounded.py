@@ -105,6 +105,12 @@ def quiet() -> Iterator[None]:
         logger.disabled = before
 
 
+def too_many_voxels(count: int, limits: Limits) -> ScanRefused:
+    """Return the refusal of a series that takes `count` bytes when decoded."""
+    expected = f"expected at most {limits.stack_bytes} bytes of voxels"
+    return ScanRefused("dicom-too-large", f"{expected}, found {count}: choose a smaller series")
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading without following a link and without waiting on a pipe.
 
@@ -157,7 +163,7 @@ def _named(error: BaseException, start: bytes) -> ScanRefused:
     if len(start) == 0:
         return ScanRefused("scan-empty", "expected a DICOM file, found an empty one: send it again")
     if isinstance(error, InvalidDicomError):
-        return ScanRefused("dicom-not-dicom", "expected the prefix DICM at byte 128 (PS3.10 7.1), found another file")
+        return ScanRefused("dicom-not-dicom", "expected a DICOM file (PS3.10 7.1), found another: leave it out")
     if isinstance(error, EOFError):
         return ScanRefused("dicom-truncated", "expected a whole header, found the end of the file: send it again")
     kind = type(error).__name__

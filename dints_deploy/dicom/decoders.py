@@ -26,6 +26,7 @@ Frame = NDArray[np.signedinteger[Any] | np.unsignedinteger[Any]]
 
 LINE_BYTES: Final = 4096
 CHUNK_BYTES: Final = 1 << 20
+AGAIN: Final = "send the file again"
 STARTING_SECONDS: Final = 120.0
 """How long a process may take to start."""
 
@@ -116,9 +117,9 @@ class _Process:
                 if head["error"] == "ImportError":
                     bits = f"{layout.BitsStored} bits in {layout.TransferSyntaxUID}"
                     raise ScanRefused("dicom-syntax", f"expected a decoder of {bits}, found none: convert the series")
-                raise ScanRefused("dicom-pixels", f"expected {_name(headers)}, found damage ({head['error']})")
+                raise ScanRefused("dicom-pixels", f"expected {_name(headers)}, found damage ({head['error']}): {AGAIN}")
             if head["bytes"] != layout.Rows * layout.Columns * np.dtype(head["dtype"]).itemsize:
-                raise ScanRefused("dicom-pixels", f"expected {_name(headers)}, found a frame of another size")
+                raise ScanRefused("dicom-pixels", f"expected {_name(headers)}, found a frame of another size: {AGAIN}")
             data = self._exactly(head["bytes"], deadline)
             yield np.frombuffer(data, dtype=head["dtype"]).reshape(layout.Rows, layout.Columns)
 

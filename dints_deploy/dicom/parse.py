@@ -9,7 +9,7 @@ from typing import Final
 from pydicom.dataset import Dataset
 
 from dints_deploy.dicom.attributes import Attributes
-from dints_deploy.dicom.bounded import DEFAULT_LIMITS, UNDEFINED_LENGTH, Limits, RawHeader
+from dints_deploy.dicom.bounded import DEFAULT_LIMITS, UNDEFINED_LENGTH, Limits, RawHeader, too_many_voxels
 from dints_deploy.dicom.decoder import PLUGINS
 from dints_deploy.dicom.findings import escaped
 from dints_deploy.dicom.header import NATIVE, PixelLayout, SliceHeader
@@ -96,7 +96,9 @@ def _check_syntax(layout: PixelLayout) -> None:
         found = f"found {escaped(syntax[:64])}"
         raise ScanRefused("dicom-syntax", f"expected a transfer syntax of still images, {found}: convert the series")
     if encapsulated == (syntax in NATIVE):
-        raise ScanRefused("dicom-pixels", "expected pixels stored as the transfer syntax says, found another way")
+        raise ScanRefused(
+            "dicom-pixels", "expected pixels as the transfer syntax says, found others: repair the header"
+        )
 
 
 def _check_claims(layout: PixelLayout, limits: Limits) -> None:
@@ -116,7 +118,7 @@ def _check_claims(layout: PixelLayout, limits: Limits) -> None:
         )
     total = layout.Rows * layout.Columns * layout.NumberOfFrames * 4
     if total > limits.stack_bytes:
-        raise ScanRefused("dicom-too-large", f"expected at most {limits.stack_bytes} bytes of voxels, found {total}")
+        raise too_many_voxels(total, limits)
 
 
 def _layout(whole: Attributes, raw: RawHeader, limits: Limits) -> PixelLayout:

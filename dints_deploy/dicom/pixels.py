@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, inflate, open_regular
+from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, inflate, open_regular, too_many_voxels
 from dints_deploy.dicom.content import rescale
 from dints_deploy.dicom.decoders import Decoders, Frame
 from dints_deploy.dicom.header import BIG_ENDIAN, DEFLATED, PixelLayout, SliceHeader
@@ -41,7 +41,7 @@ def decode(
     layout = slices[0].layout
     total = len(slices) * layout.Rows * layout.Columns * np.dtype(np.float32).itemsize
     if total > limits.stack_bytes:
-        raise ScanRefused("dicom-too-large", f"expected at most {limits.stack_bytes} bytes of voxels, found {total}")
+        raise too_many_voxels(total, limits)
     stack = np.empty((len(slices), layout.Rows, layout.Columns), dtype=np.float32)
     if decoders is None:
         with Decoders(limits=limits) as own:

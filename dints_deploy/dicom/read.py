@@ -58,7 +58,8 @@ class DicomVolume:
                 f"expected labels of shape {self.volume.shape}, found {labels.shape}: use the volume's grid"
             )
         to_voxel = np.linalg.inv(self.volume.affine) @ LPS_TO_RAS
-        return [_sample_plane(labels, to_voxel @ plane.affine, plane) for plane in self.planes]
+        stack = np.ascontiguousarray(labels.transpose(2, 1, 0))  # (K, J, I): a plane's pixels beside each other
+        return [_sample_plane(stack, to_voxel @ plane.affine, plane) for plane in self.planes]
 
 
 def read_series(
@@ -78,7 +79,9 @@ def read_series(
         stack = decode([plane.header for plane in report.planes], limits=limits, decoders=decoders)  # (K, J, I)
         grid = regular_grid(report) if regularising else report.grid
         if grid is None:
-            raise ScanRefused("dicom-attribute", "expected a SliceThickness of the only slice, found none")
+            raise ScanRefused(
+                "dicom-attribute", "expected a SliceThickness of the only slice, found none: repair the header"
+            )
         if regularising:
             stack = regularise(stack, report, grid, limits=limits)
     except ScanRefused as refused:
@@ -93,15 +96,15 @@ def report_on(series: Series, *, policy: Policy = STRICT) -> GeometryReport:
     return replace(report, findings=(*series.findings, *report.findings))
 
 
-def _sample_plane(labels: NDArray[Scalar], to_voxel: NDArray[np.float64], plane: Plane) -> NDArray[Scalar]:
+def _sample_plane(stack: NDArray[Scalar], to_voxel: NDArray[np.float64], plane: Plane) -> NDArray[Scalar]:
     """Return the labels (rows, columns) at the plane's pixel centres; `to_voxel` maps (column, row, 0, 1) to (i, j, k).
 
     The grid's i, j axes run along the plane's rows and columns, so i depends on the column alone, and so on.
     """
     layout = plane.header.layout
-    i, j, k = (
-        np.rint(to_voxel[axis, axis if axis < 2 else 0] * np.arange(count) * (axis < 2) + to_voxel[axis, 3]).astype(int)
-        for axis, count in enumerate((layout.Columns, layout.Rows, 1))
+    i, j = (
+        np.rint(to_voxel[axis, axis] * np.arange(count) + to_voxel[axis, 3]).astype(int)
+        for axis, count in enumerate((layout.Columns, layout.Rows))
     )
-    inside: NDArray[Scalar] = labels[np.ix_(i, j, k)][..., 0].T  # (rows, columns)
-    return inside
+    sampled: NDArray[Scalar] = stack[int(np.rint(to_voxel[2, 3]))][np.ix_(j, i)]
+    return sampled

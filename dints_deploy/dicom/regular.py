@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits
+from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, too_many_voxels
 from dints_deploy.dicom.gate import GeometryReport
 from dints_deploy.dicom.header import LPS_TO_RAS
 from dints_deploy.errors import ScanRefused
@@ -31,7 +31,10 @@ def regular_grid(report: GeometryReport) -> Grid:
     """
     first = report.planes[0]
     if len(report.planes) == 1:
-        raise ScanRefused("dicom-attribute", "expected several slices, or the SliceThickness of the only one")
+        raise ScanRefused(
+            "dicom-attribute",
+            "expected several slices, or the SliceThickness of the only one, found neither: repair the header",
+        )
     along, shifts = np.array(report.positions), _shifts(report)
     step = report.step or max(float(np.diff(along).min()), float(along[-1]) / (MOST_PLANES - 1))
     low = np.floor(shifts.min(axis=0))  # (columns, rows), in pixels from the first plane
@@ -57,7 +60,7 @@ def regularise(
     columns, rows, planes = grid.shape
     total = columns * rows * planes * stack.itemsize
     if total > limits.stack_bytes:
-        raise ScanRefused("dicom-too-large", f"expected at most {limits.stack_bytes} bytes of voxels, found {total}")
+        raise too_many_voxels(total, limits)
     shifts = _shifts(report)
     shifts -= np.floor(shifts.min(axis=0))
     along = np.array(report.positions)

@@ -65,7 +65,7 @@ class DicomResult:
     @cached_property
     def present(self) -> frozenset[int]:
         """Return the segment numbers that have at least one pixel on a source plane."""
-        return frozenset(np.flatnonzero(np.bincount(self.segments.ravel())).tolist()) - {0}
+        return frozenset(_values_in(self.segments)) - {0}
 
     @property
     def planes(self) -> tuple[Plane, ...]:
@@ -146,16 +146,24 @@ def in_zone_of(header: Dataset, when: datetime) -> datetime:
 
 def _segment_numbers(labels: Volume, entry: Entry) -> NDArray[Any]:
     """Return (I, J, K) segment numbers of label values."""
-    numbers = np.zeros(int(labels.data.max()) + 1, dtype=np.uint8 if len(entry.labels) < 256 else np.uint16)
-    present = np.flatnonzero(np.bincount(labels.data.ravel()))
-    known = {label.value for label in entry.labels}
-    if unknown := set(present.tolist()) - known - {0}:
-        raise OutputError("output-object", f"expected the entry's labels in the mask, found {sorted(unknown)}")
+    present = _values_in(labels.data)
+    numbers = np.zeros(max(present) + 1, dtype=np.uint8 if len(entry.labels) < 256 else np.uint16)
+    if unknown := set(present) - {label.value for label in entry.labels} - {0}:
+        found = f"found {sorted(unknown)}: report it"
+        raise OutputError("output-object", f"expected the entry's labels in the mask, {found}")
     for number, label in enumerate(entry.labels, start=1):
         if label.value < len(numbers):
             numbers[label.value] = number
-    mapped: NDArray[Any] = numbers[labels.data[0]]
+    mapped: NDArray[Any] = numbers.take(labels.data[0])
     return mapped
+
+
+def _values_in(data: NDArray[Any]) -> list[int]:
+    """Return the whole numbers that occur, in order; without a copy of the array as wide integers."""
+    found = np.zeros(int(data.max()) + 1, dtype=bool)
+    for part in data:
+        found[part] = True
+    return [int(value) for value in np.flatnonzero(found)]
 
 
 def _named(volume: DicomVolume, segments: NDArray[Any]) -> list[tuple[str, int, NDArray[Any]]]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.charset import default_encoding
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
@@ -138,6 +139,7 @@ def _contour(plane: Plane, points: NDArray[np.float64]) -> Dataset:
     contour.ContourGeometricType = "CLOSED_PLANAR"
     contour.NumberOfContourPoints = len(points)
     contour[CONTOUR_DATA] = _decimals(points)
+    contour.set_original_encoding(True, True, default_encoding)  # as it will be written: pydicom then takes the bytes
     return contour
 
 

@@ -93,10 +93,9 @@ def _compare(
 ) -> None:
     """Compare segment numbers on source planes with the labels of the voxels that their pixels lie in."""
     numbers = {label.value: number for number, label in enumerate(result.entry.labels, start=1)}
-    table = np.zeros(int(result.labels.data.max()) + 1, dtype=np.uint16)
-    for value in np.unique(result.labels.data):
-        table[value] = numbers.get(int(value), 0)
-    mask = result.labels.data[0]
+    highest = int(result.labels.data.max())
+    table = np.array([numbers.get(value, 0) for value in range(highest + 1)], dtype=np.uint16)
+    mask = np.ascontiguousarray(result.labels.data[0].transpose(2, 1, 0))  # (K, J, I), as planes lie in memory
     to_voxel = np.linalg.inv(result.labels.affine) @ LPS_TO_RAS
     nothing = np.zeros(result.segments.shape[1:], dtype=np.uint16)
     found = 0
@@ -114,12 +113,19 @@ def _compare(
 def _mismatches(
     segments: NDArray[np.uint16], matrix: NDArray[np.float64], mask: NDArray[Any], table: NDArray[np.uint16]
 ) -> int:
-    """Count the pixels whose segment is not that of the nearest voxel; `matrix` maps (column, row, 0, 1) to voxels."""
+    """Count the pixels whose segment is not that of the nearest voxel.
+
+    Args:
+        segments: (rows, columns) as written.
+        matrix: maps (column, row, 0, 1) to (i, j, k).
+        mask: (K, J, I) label values.
+        table: label value -> segment number.
+    """
     rows, columns = segments.shape
     lean = np.abs([matrix[0, 1] * rows, matrix[1, 0] * columns, matrix[2, 0] * columns, matrix[2, 1] * rows]).max()
     if lean < SEPARABLE:
-        lines = [matrix[axis, axis] * np.arange(n) + matrix[axis, 3] for axis, n in enumerate((columns, rows))]
-        expected = _lookup(mask, table, *np.ix_(lines[0], lines[1], matrix[2, 3:])).reshape(columns, rows).T
+        i, j = (matrix[axis, axis] * np.arange(n) + matrix[axis, 3] for axis, n in enumerate((columns, rows)))
+        expected = _lookup(mask, table, *np.ix_(i, j, matrix[2, 3:])).reshape(columns, rows).T
     else:
         column, row = np.meshgrid(np.arange(columns), np.arange(rows))
         expected = _lookup(mask, table, *(m[0] * column + m[1] * row + m[3] for m in matrix[:3]))
@@ -134,12 +140,17 @@ def _mismatches(
 
 
 def _lookup(mask: NDArray[Any], table: NDArray[np.uint16], *place: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Return the segment numbers of the voxels nearest to `place`, three arrays that broadcast; none outside."""
+    """Return the segment numbers of the voxels of `mask` (K, J, I) nearest to `place`; none outside.
+
+    Args:
+        place: i, j and k, three arrays that broadcast.
+    """
     voxel = [np.rint(one).astype(np.intp) for one in place]
-    bounds = zip(voxel, mask.shape, strict=True)
-    within = np.logical_and.reduce(np.broadcast_arrays(*((one >= 0) & (one < size) for one, size in bounds)))
-    clipped = tuple(np.clip(one, 0, size - 1) for one, size in zip(voxel, mask.shape, strict=True))
-    segments: NDArray[np.uint16] = np.where(within, table[mask[clipped]], 0).astype(np.uint16)
+    bounds = list(zip(voxel, mask.shape[::-1], strict=True))
+    i, j, k = (np.clip(one, 0, size - 1) for one, size in bounds)
+    segments: NDArray[np.uint16] = table[mask[k, j, i]]
+    for one, size in bounds:
+        segments *= (one >= 0) & (one < size)
     return segments
 
 

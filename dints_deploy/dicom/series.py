@@ -189,7 +189,9 @@ def _add(groups: dict[str, _Group], path: Path, raw: RawHeader, limits: Limits) 
         return
     group = _group(groups, key, read, path)
     if not planes:
-        group.findings.append(_with_path("dicom-sop-class", "expected images of slices, found another object", path))
+        group.findings.append(
+            _with_path("dicom-sop-class", "expected images of slices, found another object: left out", path)
+        )
         return
     first = group.instances.setdefault(planes[0].SOPInstanceUID or str(path), path)
     if first is not path:
