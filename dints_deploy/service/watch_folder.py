@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from watchfiles import watch
 
@@ -24,7 +24,7 @@ from dints_deploy.config.intake import Folder
 from dints_deploy.dicom.instance import check_whole, identify
 from dints_deploy.errors import DintsError, IntakeRefused, ScanRefused
 from dints_deploy.imaging.nifti import read_nifti
-from dints_deploy.process.source import NIFTI_SUFFIXES
+from dints_deploy.process.source import DICOM_PREFIX, NIFTI_SUFFIXES, PREFIX_AT
 from dints_deploy.service.model import Intake, Received
 from dints_deploy.service.seen import Look, Seen, copy_durably, open_below
 
@@ -65,7 +65,7 @@ class FolderWatch:
         self._seen = Seen.of(data_dir / "folders", folder.path)
         self._pending: dict[Path, tuple[Look, float]] = {}
         self._changed = threading.Event()
-        self._forget_s = 0.0
+        self._forget_s = float("inf")
 
     def run(self, stop: threading.Event) -> None:
         """Look until told to stop."""
@@ -100,8 +100,9 @@ class FolderWatch:
             LOGGER.warning("a watched folder cannot be read", extra={"action": "folder_unreadable"})
             return 0
         self.problem = ""
+        self._forget_s = min(self._forget_s, now_s + FORGET_SECONDS)
         if now_s >= self._forget_s:
-            self._forget_s = now_s + FORGET_SECONDS
+            self._forget_s = float("inf")
             self._seen.forget_others(one.relative for one in present)
         candidates = [one for one in present if not self._seen.knows(one.relative, one.look)]
         self._pending = {one.relative: self._since(one, now_s) for one in candidates}
@@ -145,6 +146,7 @@ class FolderWatch:
                 LOGGER.warning("a file must wait", extra={"action": "file_waits", "code": refusal.code})
             else:
                 self._seen.pass_over(one.relative, one.look)
+                self._pending.pop(one.relative, None)
                 LOGGER.debug("passed over a file", extra={"action": "passed_over", "code": refusal.code})
             return False
         self._pending.pop(one.relative, None)
@@ -157,6 +159,7 @@ class FolderWatch:
         copy = self._incoming / f"{secrets.token_hex(16)}.part"
         try:
             with open_below(self._folder.path, one.relative) as source:
+                _check_kind(one.relative.name, source)
                 digest, size = copy_durably(source, copy)
                 after = Look.of(os.fstat(source.fileno()))
             if after != one.look:
@@ -170,7 +173,7 @@ class FolderWatch:
     def _received(self, one: Candidate, copy: Path, digest: str, size: int) -> Received:
         """Return what the intake is told; raise `ScanRefused` for what is no scan, or not whole."""
         door = str(self._folder.path)
-        if one.relative.name.lower().endswith(NIFTI_SUFFIXES):
+        if _is_nifti(one.relative.name):
             _check_nifti(copy)
             return Received("folder", door, copy, digest, size, name=one.relative.name)
         instance = identify(copy)
@@ -193,6 +196,18 @@ class FolderWatch:
         except OSError as error:
             fields = {"action": "file_left", "error": error.strerror or type(error).__name__}
             LOGGER.warning("a stored file could not be moved or deleted and is left", extra=fields)
+
+
+def _is_nifti(name: str) -> bool:
+    return name.lower().endswith(NIFTI_SUFFIXES)
+
+
+def _check_kind(name: str, source: BinaryIO) -> None:
+    """Refuse a file that is neither DICOM nor NIfTI by its first bytes, before it is copied."""
+    start = source.read(PREFIX_AT + len(DICOM_PREFIX))
+    source.seek(0)
+    if not _is_nifti(name) and start[PREFIX_AT:] != DICOM_PREFIX:
+        raise ScanRefused("dicom-not-dicom", "expected the prefix DICM at byte 128 (PS3.10 7.1), found another file")
 
 
 def _check_nifti(path: Path) -> None:
