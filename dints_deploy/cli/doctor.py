@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from dints_deploy.cli.console import JsonOption, failing, say, say_json
 
 
-def doctor_command(as_json: JsonOption = False) -> None:
+def doctor_command(
+    config: Annotated[
+        Path | None, typer.Option(help="An appliance.toml: its folders, ports and peers are looked at as well.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what this machine can run, what is missing, and the command to get it. Ends with 1 where there is a problem.
 
-    Example: dints-deploy doctor --json
+    With --config, peers are asked whether they answer (C-ECHO); nothing else leaves the machine.
+
+    Example: dints-deploy doctor --config appliance.toml
     """
     with failing(as_json):
         from dints_deploy.runtime.doctor import CHECKS, examine
 
-        findings = examine(CHECKS)
+        checks = CHECKS
+        if config is not None:
+            from dints_deploy.service.doctor import daemon_checks
+
+            checks += daemon_checks(config)
+        findings = examine(checks)
         problems = sum(finding.status == "problem" for finding in findings)
         if as_json:
             say_json({"problems": problems, "findings": [asdict(finding) for finding in findings]})

@@ -27,13 +27,14 @@ def ask_sender(rules: Completeness, calling: Sequence[str], study: str) -> dict[
         if query.sender not in calling:
             continue
         try:
-            counts |= count_instances(_remote(query), study)
+            counts |= count_instances(remote_of_query(query), study)
         except DintsError as error:
             LOGGER.warning("a sender could not be asked", extra={"action": "query_failed", "code": error.code})
     return counts
 
 
-def _remote(query: Query) -> Remote:
+def remote_of_query(query: Query) -> Remote:
+    """Return the node that a query asks."""
     return Remote(
         host=query.host,
         port=query.port,
