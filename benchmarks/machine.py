@@ -29,6 +29,16 @@ def description() -> dict[str, Any]:
     }
 
 
+def read(name: str) -> dict[str, Any] | None:
+    """Return what a benchmark wrote before, without the machine; None where it wrote nothing."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    del result["machine"]
+    return result
+
+
 def write(name: str, result: dict[str, Any]) -> Path:
     """Write a benchmark's JSON beside its script."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"

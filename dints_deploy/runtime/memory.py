@@ -24,6 +24,9 @@ FLOAT_BYTES: Final = 4
 MAX_PARTS: Final = 32
 """Parts of one axis at most: beyond, nearly all of the work would be done again."""
 
+WINDOWS_HELD: Final = 6
+"""Batches of windows and of logits at a time: two under way, one handed over, one blended, one of air, one summed."""
+
 SLACK_BYTES: Final = 64 << 20
 """What allocators keep, and everything small."""
 
@@ -122,7 +125,7 @@ def _peak_bytes(swept: Prepared, spec: Entry, window: Sequence[int], batch: int,
     voxels, channels = math.prod(window), swept.scan.channels
     logits = spec.outputs * window[0] * held  # of the windows' depth over the block
     planes = channels * window[0] * read
-    under_way = voxels * (channels * (2 * batch + 4) + spec.outputs * (2 * batch + 4) + 3)
+    under_way = batch * voxels * WINDOWS_HELD * (channels + spec.outputs) + 3 * voxels
     plane = max(held * max(1, swept.inner.shape[0] // swept.oriented.shape[0] + 1), decided)
     deciding = 6 * max(BLOCK_BYTES, FLOAT_BYTES * plane)
     cutting = 6 * max(PIECE_BYTES, FLOAT_BYTES * channels * read)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 
@@ -13,6 +15,9 @@ from dints_deploy.runtime.certified import choose_networks
 from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.infer import mirrors
 from dints_deploy.runtime.rss import resident_bytes
+
+CALL_VOXELS: Final = 1 << 21
+"""Voxels of one call on a GPU: two windows of 96 x 96 x 96 keep it busy, many small ones are not a launch each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,19 +75,34 @@ class WarmSessions:
         weights = tuple(entry.digests[member.onnx] for member in entry.spec.members)
         key = (weights, entry.spec.window, engine, precision, device, threads)
         if key not in self._opened:
-            before = resident_bytes()
+            before, batch = resident_bytes(), windows_per_call(entry.spec.window, device)
             sessions = open_sessions(
-                entry, windows=windows, engine=engine, precision=precision, device=device, threads=threads
+                entry,
+                windows=windows,
+                batch=batch,
+                engine=engine,
+                precision=precision,
+                device=device,
+                threads=threads,
             )
             told = sum(session.memory_bytes() for session in sessions)
-            self._opened[key] = Opened(tuple(sessions), 1, told or max(0, resident_bytes() - before))
+            self._opened[key] = Opened(tuple(sessions), batch, told or max(0, resident_bytes() - before))
         return self._opened[key]
+
+
+def windows_per_call(window: Sequence[int], device: str) -> int:
+    """Return how many windows one call of the engine gets.
+
+    One on a CPU: from 16 x 16 x 16 voxels up, more in one call took as long each (docs/decisions: one window per call).
+    """
+    return 1 if device == "cpu" else max(1, CALL_VOXELS // math.prod(window))
 
 
 def open_sessions(
     entry: LoadedEntry,
     *,
     windows: int,
+    batch: int = 1,
     engine: str = "auto",
     precision: str = "fp32",
     device: str = "cpu",
@@ -93,6 +113,7 @@ def open_sessions(
     Args:
         entry: with weights.
         windows: how many will run, for the choice of `auto`; each runs once per member and mirrored copy.
+        batch: windows per call.
         engine, precision, device, threads: as for `segment`.
 
     Raises:
@@ -103,4 +124,4 @@ def open_sessions(
     chosen, networks, why = choose_networks(
         entry, windows=runs, engine=engine, precision=precision, device=device, threads=threads
     )
-    return [chosen.open(network, window=spec.window, batch=1, precision=precision, why=why) for network in networks]
+    return [chosen.open(network, window=spec.window, batch=batch, precision=precision, why=why) for network in networks]

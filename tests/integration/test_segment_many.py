@@ -33,8 +33,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedEntry:
     return load_entry(write_entry(folder, entry_fields(ensemble=2, tta=["i"]), networks))
 
 
-def requests_for(folder: Path, scans: list[Path], **settings: Any) -> list[Request]:
-    settings = {"engine": "onnx", "threads": 1} | settings
+def requests_for(folder: Path, scans: list[Path], **more: Any) -> list[Request]:
+    settings: dict[str, Any] = {"engine": "onnx", "threads": 1} | more
     return [Request({"": scan}, folder / scan.name.partition(".")[0], **settings) for scan in scans]
 
 
