@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from dints_deploy.catalog.strict import Strict
 from dints_deploy.config.delivery import Destination, DicomDestination, Route
 from dints_deploy.config.fields import TLS, AbsolutePath, Port, distinct, is_loopback, known
-from dints_deploy.config.intake import Completeness, Folder, Listener
+from dints_deploy.config.intake import Completeness, Folder, Listener, Title
 
 
 class Worker(Strict):
@@ -108,7 +108,15 @@ class Config(Strict):
         for one in self.destinations:
             if isinstance(one, DicomDestination) and one.commitment:
                 known(f"destinations.{one.name}.calling_ae_title", (one.calling_ae_title,), names)
+                _can_report(one, next(title for title in titles if title.ae_title == one.calling_ae_title))
         for folder in self.folders:
             if folder.path.is_relative_to(self.data_dir) or self.data_dir.is_relative_to(folder.path):
                 raise ValueError("folders: expected a watched folder apart from data_dir")
         return self
+
+
+def _can_report(destination: DicomDestination, title: Title) -> None:
+    """Refuse a PACS that is asked for commitments and may not call the title to which it reports them."""
+    if not {"*", destination.ae_title} & set(title.callers):
+        found = f"{destination.ae_title}, which reports commitments there"
+        raise ValueError(f"listeners: callers of {title.ae_title}: expected {found}: add it")

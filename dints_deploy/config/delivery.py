@@ -61,7 +61,7 @@ class DicomDestination(Strict):
     """A PACS that results are sent to by C-STORE.
 
     Attributes:
-        calling_ae_title: ours; with `commitment` it must be a title of a listener, to which the PACS reports.
+        calling_ae_title: ours; with `commitment` it must be a title of a listener that the PACS may call to report.
         commitment: ask for storage commitment (PS3.4 J), and count a result as delivered only when it is given.
     """
 

@@ -23,7 +23,7 @@ def fields() -> dict[str, Any]:
     return {
         "schema_version": 1,
         "data_dir": "/var/lib/dints-deploy",
-        "listeners": [{"port": 11112, "titles": [{"ae_title": "DINTS", "callers": ["MR1"], "routes": ["brain"]}]}],
+        "listeners": [{"titles": [{"ae_title": "DINTS", "callers": ["MR1", "PACS"], "routes": ["brain"]}]}],
         "folders": [{"path": "/srv/incoming"}],
         "routes": [{"name": "brain", "entry": "hippocampus", "destinations": ["pacs", "web", "files"]}],
         "destinations": [
@@ -83,6 +83,7 @@ def test_a_sound_configuration_loads_and_cannot_be_changed(tmp_path: Path) -> No
         ("routes", [], "routes"),
         ("destinations.0.kind", "fax", "destinations.0"),
         ("destinations.0.calling_ae_title", "OTHER", "calling_ae_title: expected names of DINTS"),
+        ("listeners.0.titles.0.callers", ["MR1"], "callers of DINTS: expected PACS, which reports"),
         ("destinations.1.url", "http://pacs/dicom-web", "url: expected https"),
         ("destinations.1.url", "https://user:secret@pacs", "url"),
         ("destinations.1.name", "pacs", "destinations: expected distinct names"),
