@@ -4,7 +4,7 @@ VENV := .venv
 DEMO_VENV := .venv-demo
 PIP := pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check check-gpu test-gpu stubs format bench clean
+.PHONY: help demo test check bundle audit images check-gpu test-gpu stubs format bench clean
 
 help:
 	@echo "make demo    install the appliance without torch, segment a real scan, show the result"
@@ -12,6 +12,9 @@ help:
 	@echo "make check   ruff, mypy --strict, import contracts"
 	@echo "make check-gpu  mypy --strict of the TensorRT code against its real signatures; needs no GPU"
 	@echo "make test-gpu   the tests that need a GPU, in an environment with the [gpu] extra"
+	@echo "make bundle  one archive of wheels, zoo and documents that installs without a network, in dist/"
+	@echo "make audit   look up known vulnerabilities of every locked version (asks PyPI)"
+	@echo "make images  build the runtime image without a Docker engine and try it; needs root"
 	@echo "make format  let ruff format the code"
 
 $(DEMO_VENV)/done: pyproject.toml constraints.txt CHANGELOG.md
@@ -63,5 +66,17 @@ format: $(VENV)/done
 bench: $(VENV)/done
 	$(VENV)/bin/python -m benchmarks.cold_start
 
+bundle:
+	$(PYTHON) -m release.bundle dist
+
+# A package that could not be looked up counts as a failure. In an environment of its own: its needs are not ours.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+images: $(VENV)/done
+	docker/build.sh
+
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) out
+	rm -rf $(VENV) $(DEMO_VENV) .venv-audit dist out

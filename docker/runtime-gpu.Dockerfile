@@ -32,7 +32,8 @@ RUN sh trim.sh /opt/dints-deploy
 
 FROM dependencies AS application
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/ca.pem \
-    python3 -m venv /tools && /tools/bin/pip install --no-cache-dir --disable-pip-version-check hatchling
+    python3 -m venv /tools && /tools/bin/pip install --no-cache-dir --disable-pip-version-check \
+      -c constraints.txt hatchling
 COPY pyproject.toml CHANGELOG.md README.md LICENSE ./
 COPY dints_deploy dints_deploy
 COPY search search

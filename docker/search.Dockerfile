@@ -34,7 +34,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,ta
 
 FROM dependencies AS application
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca,target=/run/ca.pem \
-    python3 -m venv /tools && /tools/bin/pip install --no-cache-dir --disable-pip-version-check hatchling
+    python3 -m venv /tools && /tools/bin/pip install --no-cache-dir --disable-pip-version-check \
+      -c constraints.txt hatchling
 COPY pyproject.toml CHANGELOG.md README.md LICENSE ./
 COPY dints_deploy dints_deploy
 COPY search search
