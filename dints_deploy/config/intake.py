@@ -95,12 +95,15 @@ class Completeness(Strict):
     """When a study counts as complete.
 
     Attributes:
-        settled_seconds: silence that a study with full evidence must keep.
+        settled_seconds: silence that a study must keep whose instances are counted, by the sender or in headers.
+        released_seconds: the same where nobody counts, but associations were released and slices show no gap: a tail
+            that is still to come does not show. Never more than `quiet_seconds`.
         quiet_seconds: silence after which a study without evidence is taken as it is.
         queries: senders that can be asked.
     """
 
     settled_seconds: NonNegativeFloat = 2.0
+    released_seconds: NonNegativeFloat = 10.0
     quiet_seconds: PositiveFloat = 60.0
     queries: tuple[Query, ...] = ()
 

@@ -79,12 +79,12 @@ def judge(evidence: Evidence, now_s: float, rules: Completeness) -> Verdict:
     askable = any(query.sender in evidence.calling for query in rules.queries)
     if evidence.counts is None and askable:
         return Verdict(False, "the sender is asked for its counts", again_s=settled_s, ask=True)
-    reason, doubt = _reason(evidence, series)
+    reason, doubt, seconds = _reason(evidence, series, rules)
+    enough_s = evidence.last_arrival_s + seconds
+    if now_s < enough_s:
+        return Verdict(False, f"waiting for more, as {doubt}", again_s=enough_s)
     if reason:
         return Verdict(True, reason)
-    quiet_s = evidence.last_arrival_s + rules.quiet_seconds
-    if now_s < quiet_s:
-        return Verdict(False, f"waiting for more, as {doubt}", again_s=quiet_s)
     return Verdict(True, f"nothing came for {rules.quiet_seconds:g} s; taken as it is, although {doubt}")
 
 
@@ -99,31 +99,30 @@ def weigh(instances: Sequence[Instance]) -> SeriesEvidence:
     )
 
 
-def _reason(evidence: Evidence, series: Sequence[SeriesEvidence]) -> tuple[str, str]:
-    """Return why a study is complete, or nothing and what is in doubt."""
+def _reason(evidence: Evidence, series: Sequence[SeriesEvidence], rules: Completeness) -> tuple[str, str, float]:
+    """Return why a study is complete, or nothing; what is in doubt; and the silence that it must keep."""
     if evidence.counts:
-        lacking = _lacking(evidence.counts, series, evidence.instances)
+        lacking = _lacking(evidence.counts, series)
         if not lacking:
             total = sum(evidence.counts.values())
-            return f"the sender counts {total} instances in {len(evidence.counts)} series, and all are here", ""
-        return "", f"the sender counts more: {lacking}"
-    gaps = [one.gap for one in series if one.gap]
-    if gaps:
-        return "", "; ".join(gaps)
+            here = f"{total} instances in {len(evidence.counts)} series, and all are here"
+            return f"the sender counts {here}", "", rules.settled_seconds
+        return "", f"the sender counts more: {lacking}", rules.quiet_seconds
+    if gaps := [one.gap for one in series if one.gap]:
+        return "", "; ".join(gaps), rules.quiet_seconds
     if evidence.aborted_associations:
-        return "", "an association ended without being released"
+        return "", "an association ended without being released", rules.quiet_seconds
     if not any(one.sure for one in series):
-        return "", "neither counts nor slices say that it is complete"
-    counted = sum(one.expected is not None for one in series)
-    known = f"{len(series)} series without a gap" + (
-        f", {counted} of them with the count in their headers" * (counted > 0)
-    )
+        return "", "neither counts nor slices say that it is complete", rules.quiet_seconds
     released = "every association was released" if evidence.calling else "no file was added or changed"
-    return f"{released}; {known}", ""
+    if all(one.expected is not None for one in series):
+        return f"{released}; {len(series)} series with all that their headers count", "", rules.settled_seconds
+    silence = min(max(rules.settled_seconds, rules.released_seconds), rules.quiet_seconds)
+    return f"{released}; {len(series)} series without a gap", "nobody counts its instances", silence
 
 
-def _lacking(counts: Mapping[str, int], series: Sequence[SeriesEvidence], instances: Sequence[Instance]) -> str:
-    here = {short_hash(one.SeriesInstanceUID): 0 for one in instances} | {one.label: one.count for one in series}
+def _lacking(counts: Mapping[str, int], series: Sequence[SeriesEvidence]) -> str:
+    here = {one.label: one.count for one in series}
     wanted = {short_hash(uid): count for uid, count in counts.items()}
     short = [f"series {label} has {here.get(label, 0)} of {n}" for label, n in wanted.items() if here.get(label, 0) < n]
     return "; ".join(short)

@@ -98,7 +98,7 @@ def configuration(folder: Path, made: Certificates, pacs: Orthanc, ports: tuple[
             {"address": "127.0.0.1", "port": port, "titles": [{"ae_title": "DINTS"} | known]},
             {"address": "127.0.0.1", "port": tls_port, "titles": [{"ae_title": "DINTSTLS"} | known], "tls": tls},
         ],
-        "completeness": {"settled_seconds": 0.5, "quiet_seconds": QUIET_SECONDS},
+        "completeness": {"settled_seconds": 0.5, "released_seconds": 0.5, "quiet_seconds": QUIET_SECONDS},
         "routes": [{"name": "hippocampus", "entry": "hippocampus", "destinations": ["pacs", "files"],
                     "series": [{"modality": ["MR"]}]}],
         "destinations": [

@@ -15,7 +15,7 @@ from dints_deploy.dicom.instance import Instance
 from dints_deploy.service.complete import judge, weigh
 from dints_deploy.service.model import Evidence
 
-RULES = Completeness(settled_seconds=2.0, quiet_seconds=60.0)
+RULES = Completeness(settled_seconds=2.0, released_seconds=5.0, quiet_seconds=60.0)
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
@@ -47,7 +47,10 @@ def test_a_stack_without_gaps_whose_association_was_released_is_complete_when_it
     full = evidence(series(20))
     early = judge(full, 101.0, RULES)
     assert (early.complete, early.again_s) == (False, 102.0)
-    late = judge(full, 102.0, RULES)
+    uncounted = judge(full, 102.0, RULES)
+    assert (uncounted.complete, uncounted.again_s) == (False, 105.0)
+    assert "nobody counts" in uncounted.reason
+    late = judge(full, 105.0, RULES)
     assert late.complete
     assert late.reason == "every association was released; 1 series without a gap"
 
@@ -92,7 +95,7 @@ def test_a_count_in_the_headers_is_enough_where_slices_say_nothing() -> None:
     shuffled = [replace(one, ImagePositionPatient=None, InstanceNumber=None) for one in series(5, expected=5)]
     verdict = judge(evidence(shuffled), 103.0, RULES)
     assert verdict.complete
-    assert "with the count in their headers" in verdict.reason
+    assert "with all that their headers count" in verdict.reason
 
 
 QUERY = {"sender": "MR1", "host": "mr1", "port": 104, "ae_title": "MR1", "calling_ae_title": "DINTS"}
@@ -108,7 +111,7 @@ def test_a_sender_that_can_be_asked_is_asked_first_and_its_counts_decide() -> No
     assert not short.complete
     assert "0 of 3" in short.reason
     assert judge(replace(full, counts={"1.2.3": 20, "1.2.4": 3}), 160.0, ASKING).complete
-    assert judge(replace(full, counts={}), 103.0, ASKING).reason.startswith("every association was released")
+    assert judge(replace(full, counts={}), 110.0, ASKING).reason.startswith("every association was released")
 
 
 def test_counts_of_the_sender_complete_even_what_was_aborted_or_has_gaps() -> None:
@@ -117,7 +120,7 @@ def test_counts_of_the_sender_complete_even_what_was_aborted_or_has_gaps() -> No
 
 
 def test_another_sender_is_not_asked() -> None:
-    assert judge(evidence(series(20), calling=("CT1",)), 103.0, ASKING).complete
+    assert judge(evidence(series(20), calling=("CT1",)), 110.0, ASKING).complete
 
 
 def test_a_nifti_file_is_complete_at_once() -> None:
