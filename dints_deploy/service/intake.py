@@ -141,8 +141,8 @@ class DurableIntake:
         return self._free_bytes
 
     def full(self, size_bytes: int = 0) -> str:
-        """Return why an object of some size is not taken; empty where it is."""
-        if self.free_bytes() - size_bytes < self.room.free_bytes:
+        """Return why an object is not taken that lies in `incoming` already; empty where it is."""
+        if self.free_bytes() < self.room.free_bytes:
             return f"expected {self.room.free_bytes} bytes to stay free on the disk, found {self._free_bytes}"
         quota = self.room.quota_bytes
         if quota is not None and self._held_bytes + size_bytes > quota:

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 JOB_CEILING_S: Final = 3600.0
+INTERRUPTION_CEILING_S: Final = 60.0
 DELIVERY_CEILING_S: Final = 600.0
 """Longest time between two attempts. Deliveries have no other limit: a PACS may be away for a weekend."""
 
 INTERRUPTIONS_FREE: Final = 2
 """Ends of the daemon that put nothing on the job that was running; after more, it may be the cause."""
 
-INTERRUPTIONS_MOST: Final = 20
-"""Ends of the daemon after which the job that was always running goes to quarantine."""
+INTERRUPTIONS_PER_ATTEMPT: Final = 4
+"""An end of the daemon speaks less clearly against the job that was running than a failure of its own."""
 
 ANOTHER_TIME: Final = frozenset(
     {
@@ -62,11 +63,11 @@ def after_failure(code: str, failures: int, policy: Policy) -> Decision:
 
 def after_interruption(interruptions: int, policy: Policy) -> Decision:
     """Decide about a job that was running each time the daemon ended, `interruptions` times now."""
-    if interruptions >= INTERRUPTIONS_MOST:
+    if interruptions >= policy.attempts * INTERRUPTIONS_PER_ATTEMPT:
         return Decision("quarantine")
     if interruptions <= INTERRUPTIONS_FREE:
         return Decision("again")
-    return Decision("again", _backoff(interruptions - INTERRUPTIONS_FREE, policy.first_s, JOB_CEILING_S))
+    return Decision("again", _backoff(interruptions - INTERRUPTIONS_FREE, policy.first_s, INTERRUPTION_CEILING_S))
 
 
 def after_refusal(failures: int, policy: Policy, *, retryable: bool) -> Decision:

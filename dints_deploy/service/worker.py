@@ -28,6 +28,7 @@ from dints_deploy.service.fault import reach
 if TYPE_CHECKING:
     from dints_deploy.catalog.catalog import LoadedEntry
     from dints_deploy.process.case import Outcome
+    from dints_deploy.runtime.sessions import WarmSessions
 
 BEAT_SECONDS: Final = 1.0
 """Time between two signs of life. They need the interpreter's lock: native code that hangs with it gives none."""
@@ -100,10 +101,13 @@ def main() -> None:
     answers = Answers(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # libraries print what they please: only answers may go back
     threading.Thread(target=_beat, args=(answers,), name="heart", daemon=True).start()
+    from dints_deploy.runtime.sessions import WarmSessions
+
     answers.say(kind="ready")
     entries: dict[str, LoadedEntry] = {}
-    for line in sys.stdin.buffer:
-        answers.say(**run_one(Task.of(line), entries))
+    with WarmSessions() as warm:
+        for line in sys.stdin.buffer:
+            answers.say(**run_one(Task.of(line), entries, warm))
 
 
 def die_with(daemon: int) -> None:
@@ -124,8 +128,13 @@ def limit_memory(count: int) -> None:
         file.write(str(OOM_SCORE))
 
 
-def run_one(task: Task, entries: dict[str, LoadedEntry]) -> dict[str, Any]:
-    """Do a task and return the answer, whatever happens."""
+def run_one(task: Task, entries: dict[str, LoadedEntry], warm: WarmSessions) -> dict[str, Any]:
+    """Do a task and return the answer, whatever happens.
+
+    Args:
+        entries: those that were loaded for earlier tasks.
+        warm: their networks.
+    """
     reach("work-start")
     begin = time.monotonic()
     out = Path(task.folder) / "out"
@@ -133,7 +142,7 @@ def run_one(task: Task, entries: dict[str, LoadedEntry]) -> dict[str, Any]:
         scan = materialise(task)
         reach("work-inputs")
         read = time.monotonic()
-        outcome = _process(task, scan, out, entries)
+        outcome = _process(task, scan, out, entries, warm)
         answer = {"kind": "done", "about": _about(outcome.record)}
         seconds = outcome.record["seconds"] | {"materialise": read - begin}
     except ScanRefused as refusal:
@@ -187,7 +196,7 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in (".nii.gz", ".nii") if name.lower().endswith(suffix)), "")
 
 
-def _process(task: Task, scan: Path, out: Path, entries: dict[str, LoadedEntry]) -> Outcome:
+def _process(task: Task, scan: Path, out: Path, entries: dict[str, LoadedEntry], warm: WarmSessions) -> Outcome:
     from dints_deploy.catalog.catalog import load_entry
     from dints_deploy.process.case import Request, process_case
 
@@ -204,7 +213,7 @@ def _process(task: Task, scan: Path, out: Path, entries: dict[str, LoadedEntry])
         threads=task.threads,
         when=datetime.fromisoformat(task.when),
     )
-    return process_case(request, {entry.spec.name: entry.spec}, lambda name: entry)
+    return process_case(request, {entry.spec.name: entry.spec}, lambda name: entry, warm=warm)
 
 
 def _seal_folder(out: Path) -> dict[str, str]:
