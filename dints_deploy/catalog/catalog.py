@@ -71,11 +71,19 @@ def added_zoo() -> Path:
 
 
 def entry_folders() -> dict[str, Path]:
-    """Return name -> folder of every entry, sorted; a shipped entry goes before an added one of the same name."""
+    """Return name -> folder of every entry, sorted; a shipped entry goes before an added one of the same name.
+
+    Raises:
+        EntryError: `state-permissions` where this user may not look into a zoo.
+    """
     folders: dict[str, Path] = {}
     for root in (added_zoo(), shipped_zoo()):
-        if root.is_dir():
-            folders |= {path.parent.name: path.parent for path in root.glob(f"*/{ENTRY_FILE}")}
+        try:
+            if root.is_dir():
+                folders |= {path.parent.name: path.parent for path in root.glob(f"*/{ENTRY_FILE}")}
+        except PermissionError as error:
+            message = f"expected the right to look into {root}, found none: run as its owner, or set DINTS_STATE"
+            raise EntryError("state-permissions", message) from error
     return dict(sorted(folders.items()))
 
 

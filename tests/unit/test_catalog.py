@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -271,6 +273,25 @@ def test_both_folders_are_listed_with_their_origin(zoo: Path) -> None:
     assert [(row["name"], row["origin"]) for row in rows] == [("mine", "added"), ("tiny", "shipped")]
     shown = json.loads(run_cli("zoo", "show", "mine", "--json").out)
     assert shown["folder"] == str(zoo.parent / "state" / "zoo" / "mine")
+
+
+def test_a_state_folder_of_somebody_else_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0)
+    code = """
+import os
+from dints_deploy.catalog.catalog import entry_folders
+from dints_deploy.errors import EntryError
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may look everywhere
+try:
+    entry_folders()
+except EntryError as error:
+    print(error.code)
+"""
+    environment = os.environ | {"DINTS_STATE": str(tmp_path / "state")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "state-permissions\n"
 
 
 def test_a_recipe_entry_says_that_it_has_no_weights(zoo: Path) -> None:
