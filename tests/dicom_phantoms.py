@@ -138,12 +138,14 @@ def save(ds: Dataset, path: Path, *, syntax: str = ExplicitVRLittleEndian) -> No
 
 
 def scans(*parts: str) -> Path:
-    """Return a folder of real scans, or skip the test with the reason."""
-    root = Path(os.environ.get("DINTS_DATA") or Path(__file__).parents[2] / "shared/data")
-    folder = root.joinpath("scans", *parts)
-    if not folder.is_dir():
-        pytest.skip(f"no real scans here: {Path('scans', *parts)} is not under $DINTS_DATA or ../shared/data")
-    return folder
+    """Return a folder of real scans: of the large data beside the project or of tests/data; skip where both lack it."""
+    here = Path(__file__).parent
+    large = Path(os.environ.get("DINTS_DATA") or here.parents[1] / "shared/data")
+    for root in (large, here / "data"):
+        folder = root.joinpath("scans", *parts)
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"no real scans here: {Path('scans', *parts)} is not under $DINTS_DATA or ../shared/data")
 
 
 def _common(phantom: Phantom, *, series: str, study: str, frame: str) -> Dataset:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.dicom_phantoms import scans
+
 FORMATS = "nifti,dicom-seg,dicom-sr,rtstruct,dicom-sc,preview,html"
 CHOSEN = {"study-1": "HippoCrop", "study-3": "HippoCrop"}
 
@@ -24,10 +26,8 @@ def call(*words: str) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("study", ["study-1", "study-3"])
-def test_hippocampus_crop_of_a_study_is_chosen_and_every_object_verifies(
-    study: str, big_data: Path, tmp_path: Path
-) -> None:
-    source = big_data / "scans" / "brain-studies" / study
+def test_hippocampus_crop_of_a_study_is_chosen_and_every_object_verifies(study: str, tmp_path: Path) -> None:
+    source = scans("brain-studies", study)
     code, document = call("segment", str(source), "--model", "hippocampus", "-o", str(tmp_path), "--to", FORMATS)
     assert code == 0
     case = document["cases"][0]
@@ -44,8 +44,8 @@ def test_hippocampus_crop_of_a_study_is_chosen_and_every_object_verifies(
             assert [line for line in checked.stderr.splitlines() if line.startswith("Error")] == []
 
 
-def test_zip_of_a_study_gives_the_same_mask(big_data: Path, tmp_path: Path) -> None:
-    source = big_data / "scans" / "brain-studies" / "study-3"
+def test_zip_of_a_study_gives_the_same_mask(tmp_path: Path) -> None:
+    source = scans("brain-studies", "study-3")
     archive = tmp_path / "study.zip"
     with zipfile.ZipFile(archive, "w") as packed:
         for path in sorted(source.rglob("*.dcm")):
@@ -59,10 +59,11 @@ def test_zip_of_a_study_gives_the_same_mask(big_data: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.glob(".partial*")] == []
 
 
-def test_refused_study_says_why_in_an_sr(big_data: Path, tmp_path: Path) -> None:
-    source = big_data / "scans" / "gantry-tilt-ge"
+def test_refused_study_says_why_in_an_sr(tmp_path: Path) -> None:
+    source = scans("negated-cosines")
     code, document = call("segment", str(source), "--model", "hippocampus", "-o", str(tmp_path), "--to", "dicom-sr")
     assert code == 3
     assert document["cases"][0]["code"] == "scan-modality"
     report = next(tmp_path.glob("*.sr.dcm"))
+    assert document["cases"][0]["notes"] == [f"the refusal is written as {report}"]
     assert call("verify", str(report))[1]["kind"] == "refusal"
