@@ -53,7 +53,7 @@ def main() -> None:
                 continue
             run = watched(command, work, int(options.peer_limit_gib * GIB) if name == MONAI else None)
             run |= {"contender": name, "classes": classes, "window": window, "shape": list(shape)}
-            run["labels_sha256"] = digest(labels_path(work, classes, name))
+            run["labels_sha256"] = digest(labels_path(work, classes, name)) if run["fits"] else None
             print(json.dumps(run), flush=True)
             same = (run["contender"], classes, run["shape"])
             result["runs"] = [r for r in result["runs"] if (r["contender"], r["classes"], r["shape"]) != same] + [run]

@@ -84,18 +84,22 @@ def segment_command(
             "threads": threads,
             "max_ram_bytes": parse_bytes(max_ram),
         }
-        entries = Entries(model)
-        requests = [Request(case.channels, case.stem, labels_path=case.labels_path, **settings) for case in cases]
-        quiet = as_json or len(cases) > 1
-        with WarmSessions() as warm:
-            reading = zip(cases, read_cases(requests, entries.candidates), strict=True)
-            results = [_run(case, read, entries, warm, quiet=quiet) for case, read in reading]
-        code = exit_code([result if isinstance(result, DintsError) else None for result in results])
-        if as_json:
-            say_json({"exit_code": code, "cases": [_as_json(c, r) for c, r in zip(cases, results, strict=True)]})
-        elif len(cases) > 1:
-            _show_all(cases, results)
-        raise typer.Exit(code)
+        _segment_all(cases, settings, Entries(model), as_json=as_json)
+
+
+def _segment_all(cases: list[PlannedCase], settings: dict[str, Any], entries: Entries, *, as_json: bool) -> None:
+    """Process the cases with warm networks, show them, and exit with the code that tells the worst."""
+    requests = [Request(case.channels, case.stem, labels_path=case.labels_path, **settings) for case in cases]
+    quiet = as_json or len(cases) > 1
+    with WarmSessions() as warm:
+        reading = zip(cases, read_cases(requests, entries.candidates), strict=True)
+        results = [_run(case, read, entries, warm, quiet=quiet) for case, read in reading]
+    code = exit_code([result if isinstance(result, DintsError) else None for result in results])
+    if as_json:
+        say_json({"exit_code": code, "cases": [_as_json(c, r) for c, r in zip(cases, results, strict=True)]})
+    elif len(cases) > 1:
+        _show_all(cases, results)
+    raise typer.Exit(code)
 
 
 class Entries:
