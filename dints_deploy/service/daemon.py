@@ -54,7 +54,8 @@ POLL_SECONDS: Final = 0.5
 
 RETAIN_SECONDS: Final = 10.0
 GRACE_SECONDS: Final = 30.0
-"""For running jobs and open associations to finish when the daemon is told to stop."""
+ASSOCIATION_SECONDS: Final = 10.0
+"""For running jobs, and for open associations, to finish when the daemon is told to stop."""
 
 FIXED: Final = ("data_dir", "audit_anchor", "listeners", "folders", "worker", "http", "log")
 """Fields of the configuration that only a restart changes."""
@@ -150,9 +151,9 @@ class Daemon:
         begin = time.monotonic()
         self._end_s = begin + GRACE_SECONDS
         LOGGER.info("the daemon stops", extra={"action": "stopping"})
-        self._receiver.stop(seconds=min(GRACE_SECONDS / 2, 10.0))
         for part in self._parts:
             part.stop()
+        self._receiver.stop(seconds=ASSOCIATION_SECONDS)
         for part in self._parts:
             part.join(self._end_s - time.monotonic() + 5.0)
         for performer in self._performers.values():

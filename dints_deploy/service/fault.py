@@ -1,7 +1,8 @@
 """The seam for fault injection: named points at which a test kills, hangs or fills this very process.
 
 `DINTS_FAULT` holds `point:nth:act`: at the nth time that the process reaches the point, it acts; `kill` ends it as
-kill -9 does, `hang` holds the interpreter's lock for ever, `grow` takes memory until something stops it. Without the
+kill -9 does, `hang` holds the interpreter's lock for ever, `pause` holds this thread alone, `grow` takes memory until
+something stops it. Without the
 variable, which no deployment sets, every point does nothing.
 """
 
@@ -63,13 +64,17 @@ def _hang() -> None:
     ctypes.PyDLL(None).pause()  # PyDLL keeps the interpreter's lock
 
 
+def _pause() -> None:
+    signal.pause()
+
+
 def _grow() -> None:
     held = []
     while True:
         held.append(bytearray(b"\1" * (16 << 20)))
 
 
-ACTS: Final = {"kill": _kill, "hang": _hang, "grow": _grow}
+ACTS: Final = {"kill": _kill, "hang": _hang, "pause": _pause, "grow": _grow}
 
 
 def reach(point: str) -> None:

@@ -17,8 +17,9 @@ from typing import Final
 from dints_deploy.config.intake import Listener, Title
 from dints_deploy.config.tls import server_context
 from dints_deploy.dicom.instance import identify
-from dints_deploy.dicom.listen import Bounds, Listening, Peer, Rejection, listen
+from dints_deploy.dicom.listen import Listening, listen
 from dints_deploy.dicom.network import Commitments
+from dints_deploy.dicom.reception import Bounds, Peer, Rejection
 from dints_deploy.dicom.spool import Incoming
 from dints_deploy.errors import DintsError, IntakeRefused, ScanRefused, UsageError
 from dints_deploy.service.model import Intake, Received

@@ -78,6 +78,8 @@ class Worker:
             WorkerError: `worker-start`, `worker-crashed`, `worker-hung`, `worker-memory`; the process is gone.
         """
         process = self._started(wanted)
+        if process is None:
+            return None
         try:
             if process.stdin is None:
                 raise AssertionError("the worker was started with a pipe")
@@ -101,7 +103,7 @@ class Worker:
                 except OSError:  # a task that it no longer read
                     LOGGER.debug("a pipe was closed with unread bytes", extra={"action": "pipe_closed"})
 
-    def _started(self, wanted: Callable[[], bool]) -> subprocess.Popen[bytes]:
+    def _started(self, wanted: Callable[[], bool]) -> subprocess.Popen[bytes] | None:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.stop()
@@ -113,7 +115,7 @@ class Worker:
             found = error.strerror or type(error).__name__
             raise WorkerError("worker-start", f"expected to start a worker process, found: {found}") from error
         if self._answer(("ready",), START_SECONDS, wanted) is None:
-            raise WorkerError("worker-start", "expected a worker process, found the daemon stopping")
+            return None
         LOGGER.info("a worker runs", extra={"action": "worker_started", "pid": self._process.pid})
         return self._process
 
