@@ -41,6 +41,8 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 4  # errors come as exceptions
+        # Threads that wait leave their core: a first window is quicker, later ones are the same, a busy machine gains.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = onnxruntime.InferenceSession(network, options, providers=self._providers())
         except Exception as error:  # ONNX Runtime's own exceptions are not public
