@@ -2,33 +2,35 @@
 
 What this adds to the library: objects go to disk while they arrive and never lie in memory; a PDU, an object, the
 number of connections and the time of silence are bounded; TLS shakes hands outside the accepting thread; who may send
-is asked before anything is negotiated; and the end of every association is told, with whether it was clean.
+is asked before anything is negotiated; and the end of every association is told, with whether it was clean. C-STORE is
+answered in the thread that reads the connection: the library would pass each request to another one and back, each of
+which looks a thousand times a second whether there is something to do.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+import select
 import socket
 import ssl
 import threading
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, evt
 from pynetdicom.association import Association
-from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.presentation import build_context
 from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification, uid_to_service_class
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from dints_deploy.dicom.network import ClosingSocket, reported, settle_library
-from dints_deploy.dicom.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Incoming, Spool
-from dints_deploy.errors import DintsError
+from dints_deploy.dicom.reception import Bounds, Peer, Reception
+from dints_deploy.dicom.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dints_deploy.dicom.storing import Storing
 
 LOGGER: Final = logging.getLogger(__name__)
 
@@ -41,66 +43,8 @@ NEGOTIATION_BYTES: Final = 1 << 20
 SPARE_CONNECTIONS: Final = 8
 """Connections over the limit that are still told so; more are closed without a word."""
 
-CANNOT_UNDERSTAND: Final = 0xC000
-"""Status of C-STORE for a request without a data set (PS3.4 B.2.3)."""
-
-COMMAND, LAST = 1, 2
-"""Bits of a fragment's message control header (PS3.8 E.2)."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a peer may ask of a listener; see `config.intake.Listener`."""
-
-    associations: int
-    pdu_bytes: int
-    object_bytes: int
-    idle_seconds: float
-
-
-@dataclass(frozen=True)
-class Peer:
-    """The other side of one association.
-
-    Attributes:
-        association: a name of its own.
-        address: of the other side.
-        certified: whether it presented a certificate that was verified.
-    """
-
-    association: str
-    address: str
-    calling: str = ""
-    called: str = ""
-    certified: bool = False
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why an association is refused, as A-ASSOCIATE-RJ says it (PS3.8 9.3.4)."""
-
-    result: int
-    source: int
-    diagnostic: int
-
-
-class Reception(Protocol):
-    """Who decides about what comes in. Called from the threads of the associations."""
-
-    def welcome(self, address: str) -> bool:
-        """Say whether a connection from an address is answered at all."""
-
-    def admit(self, peer: Peer) -> Rejection | None:
-        """Let an association be negotiated, or say why not."""
-
-    def store(self, peer: Peer, incoming: Incoming | DintsError) -> int:
-        """Take an object, or the reason why it could not be spooled; return the status of C-STORE (PS3.4 B.2.3)."""
-
-    def committed(self, transaction: str, instances: frozenset[str]) -> None:
-        """Take a report of storage commitment: the transaction and the instances that are safe (PS3.4 J.3.3)."""
-
-    def closed(self, peer: Peer, *, clean: bool) -> None:
-        """Take note that an association is over; clean where the peer released it."""
+POLL_SECONDS: Final = 0.005
+"""How long a connection is waited on before looking whether something is to be sent."""
 
 
 class Listening:
@@ -175,7 +119,6 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # the library h
         self.reception, self.folder, self.bounds, self.tls = reception, folder, bounds, tls
         handlers = [
             (evt.EVT_REQUESTED, _negotiate),
-            (evt.EVT_C_STORE, _store),
             (evt.EVT_N_EVENT_REPORT, _report),
         ]
         super().__init__(entity, address, "DINTS_DEPLOY", [], None, handlers, _Handler)
@@ -234,7 +177,7 @@ class _Accepted(Association):  # type: ignore[misc]
         self.reception = server.reception
         certified = isinstance(connection, ssl.SSLSocket) and bool(connection.getpeercert())
         self.peer = Peer(secrets.token_hex(8), address, certified=certified)
-        self.dimse = self.spooling = _Spooling(self, server.folder, server.bounds.object_bytes)
+        self.dimse = self.storing = Storing(self, server.reception, server.folder, server.bounds.object_bytes)
         self.dul.daemon = True  # an open association must not keep a process alive that was told to end
         self.set_socket(_BoundedSocket(self, connection, max(server.bounds.pdu_bytes, NEGOTIATION_BYTES)))
 
@@ -244,7 +187,7 @@ class _Accepted(Association):  # type: ignore[misc]
             super().run_reactor()
         finally:
             self._connection.close()
-            self.spooling.discard()
+            self.storing.discard()
             if self.peer.calling:
                 self.reception.closed(self.peer, clean=self.is_released)
 
@@ -256,6 +199,19 @@ class _BoundedSocket(ClosingSocket):
         super().__init__(association, client_socket=connection)
         self._limit = limit_bytes
 
+    @property
+    def ready(self) -> bool:
+        """Wait a little for something to read; the library asks all the time."""
+        if self.socket is None or not self._is_connected:
+            return False
+        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+            return True
+        try:
+            return bool(select.select([self.socket], [], [], POLL_SECONDS)[0])
+        except (OSError, ValueError):
+            self.event_queue.put("Evt17")  # PS3.8 9.2: the transport connection is closed
+            return False
+
     def recv(self, nr_bytes: int) -> bytearray:
         """Read `nr_bytes`, less where the peer closes; raise `OSError` where that is more than allowed."""
         if nr_bytes > self._limit:
@@ -263,61 +219,14 @@ class _BoundedSocket(ClosingSocket):
         data = bytearray(nr_bytes)
         view, done = memoryview(data), 0
         while done < nr_bytes:
+            # A sender that waits for our acknowledgement of a small PDU (Nagle) would wait 40 ms for it; the kernel
+            # forgets the wish after each time.
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             count = self.socket.recv_into(view[done:])
             if not count:
                 return data[:done]
             done += count
         return data
-
-
-class _Spooling(DIMSEServiceProvider):  # type: ignore[misc]
-    """Diverts the data sets of C-STORE requests into files; the library sees them empty."""
-
-    def __init__(self, association: Association, folder: Path, limit_bytes: int) -> None:
-        super().__init__(association)
-        self._folder, self._limit = folder, limit_bytes
-        self._current: Spool | None = None
-        self._whole: dict[int, Spool] = {}
-        self._lock = threading.Lock()
-
-    def receive_primitive(self, primitive: Any) -> None:
-        """Take the fragments of one P-DATA in their order."""
-        for context_id, data in list(primitive.presentation_data_value_list):
-            header = data[0]
-            if not header & COMMAND and isinstance(self.message, C_STORE_RQ):
-                self._divert(context_id, data, last=bool(header & LAST))
-                data = data[:1]
-            primitive.presentation_data_value_list = [[context_id, data]]
-            super().receive_primitive(primitive)
-
-    def _divert(self, context_id: int, data: bytes, *, last: bool) -> None:
-        command = self.message.command_set
-        if self._current is None:
-            context = self.assoc._accepted_cx[context_id]  # without one the library aborts the association
-            uids = (str(command.get("AffectedSOPClassUID", "")), str(command.get("AffectedSOPInstanceUID", "")))
-            self._current = Spool(self._folder, *uids, context.transfer_syntax[0], limit_bytes=self._limit)
-        self._current.write(memoryview(data)[1:])
-        if last:
-            with self._lock:
-                replaced = self._whole.pop(command.MessageID, None)
-                self._whole[command.MessageID] = self._current
-            self._current = None
-            if replaced is not None:
-                replaced.discard()
-
-    def take(self, message_id: int) -> Spool | None:
-        """Return the object of a request, once."""
-        with self._lock:
-            return self._whole.pop(message_id, None)
-
-    def discard(self) -> None:
-        """Remove the objects that no request took."""
-        with self._lock:
-            left = [*self._whole.values(), *([self._current] if self._current else [])]
-            self._whole.clear()
-            self._current = None
-        for spool in left:
-            spool.discard()
 
 
 def _negotiate(event: evt.Event) -> None:
@@ -352,24 +261,6 @@ def _contexts(syntaxes: dict[str, list[str]]) -> Iterable[Any]:
         if abstract_syntax == StorageCommitmentPushModel:  # its reports come to us as the user of the service
             context.scu_role, context.scp_role = True, True
         yield context
-
-
-def _store(event: evt.Event) -> int:
-    """Answer C-STORE with what the reception says about the object."""
-    spool = event.assoc.spooling.take(event.request.MessageID)
-    if spool is None:
-        return CANNOT_UNDERSTAND
-    try:
-        incoming: Incoming | DintsError = spool.finish()
-    except DintsError as fault:
-        incoming = fault
-    try:
-        return int(event.assoc.reception.store(event.assoc.peer, incoming))
-    except Exception:
-        LOGGER.exception("an object could not be taken", extra={"action": "store_failed"})
-        raise
-    finally:
-        spool.discard()
 
 
 def _report(event: evt.Event) -> tuple[int, None]:
