@@ -1,4 +1,4 @@
-"""Write docs/performance.md and docs/dicom-measured.md from the JSON that the benchmarks left in benchmarks/results/.
+"""Write docs/performance.md and its chart from the JSON that the benchmarks left in benchmarks/results/.
 
 python -m benchmarks.report
 """
@@ -6,62 +6,162 @@ python -m benchmarks.report
 from __future__ import annotations
 
 import json
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 from benchmarks.machine import ROOT
 
-PAGES = {
-    "performance": """# Performance
+PAGE = ROOT / "docs" / "performance.md"
+CHART = ROOT / "docs" / "pictures" / "performance.svg"
+GIB = 1 << 30
+PEER = "torch eager + MONAI"
+ALONE = "engine alone (openvino)"
+OURS = "dints-deploy (openvino)"
+STAGES: Final = ("prepare", "load", "cut", "engine", "blend", "restore", "postprocess")
 
-Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every table is one run in which the
-contenders alternate on one machine, so the ratios count, not the seconds.
-""",
-    "dicom-measured": """# DICOM, measured
+HEAD = """# Performance
 
-Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. What is read and written is
-described in [dicom.md](dicom.md).
-""",
-}
-"""Page in docs/ -> its head. A result names its page; without, it belongs to performance."""
+Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every table is of runs whose
+contenders took turns on one machine, so the ratios count, not the seconds.
+"""
+
+Result = dict[str, Any]
+Rows = Iterable[Sequence[object]]
 
 
 def main() -> None:
-    """Write the pages."""
-    parts = {name: [head] for name, head in PAGES.items()}
+    """Write the page and the chart."""
+    parts = [HEAD]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text())
-        parts[result.get("page", "performance")].append(section(path.stem, result))
-    for name, sections in parts.items():
-        page = ROOT / "docs" / f"{name}.md"
-        page.write_text("\n".join(sections))
-        print(page)
+        parts.append(section(path.stem, result))
+        if path.stem == "full_ct":
+            draw(result)
+            parts.append(f"![Seconds of each contender](pictures/{CHART.name})\n")
+    PAGE.write_text("\n".join(parts))
+    print(PAGE)
 
 
-def section(name: str, result: dict[str, Any]) -> str:
-    """Return one benchmark as a table."""
+def section(name: str, result: Result) -> str:
+    """Return one benchmark with its machine, its tables and its facts."""
     machine = result["machine"]
     lines = [
         f"## {result.get('title', name)}",
         "",
         f"`python -m benchmarks.{name}` at commit `{machine['commit'][:10]}`, {machine['processor']}, "
-        f"{machine['cores']} cores, Python {machine['python']}.",
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}.",
+        "",
+        *TABLES.get(name, medians)(result),
+        *[f"- {key}: {value}" for key, value in result.get("facts", {}).items()],
         "",
     ]
-    if "median" in result:
-        lines += ["| contender | median s | times faster than the peer |", "|---|---|---|"]
-        lines += [f"| {k} | {v:.2f} | {result['ratio'][k]:.1f} |" for k, v in result["median"].items()]
-    for table in result.get("tables", []):
-        lines += rows(table)
-    lines += ["", *[f"- {key}: {value}" for key, value in result.get("facts", {}).items()], ""]
     return "\n".join(lines)
 
 
-def rows(table: dict[str, Any]) -> list[str]:
-    """Return a table of {"columns": names, "rows": lists of text}, under its "about" where it has one."""
-    about = [table["about"], ""] if "about" in table else []
-    columns = table["columns"]
-    lines = [columns, ["---"] * len(columns), *table["rows"]]
-    return [*about, *["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines], ""]
+def table(head: Sequence[str], rows: Rows) -> list[str]:
+    """Return a table's lines and an empty one."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows), ""]
+
+
+def medians(result: Result) -> list[str]:
+    """Return medians and ratios, where the benchmark has them."""
+    if "median" not in result:
+        return []
+    rows = ((name, f"{value:.2f}", f"{result['ratio'][name]:.1f}") for name, value in result["median"].items())
+    return table(("contender", "median s", "times faster than the peer"), rows)
+
+
+def full_ct(result: Result) -> list[str]:
+    """Return a table per part of the scan, then what the appliance's time went to."""
+    lines: list[str] = []
+    for part, runs in result["runs"].items():
+        if PEER in runs:
+            lines += [f"### The {part} scan", ""]
+            head = ("contender", "runs", "median s", "times faster than MONAI", "labels as MONAI's", "over the engine")
+            lines += table(head, ct_rows(runs))
+    return lines + stages(result)
+
+
+def ct_rows(runs: dict[str, list[Result]]) -> Rows:
+    """Yield a row per contender; `over the engine` is the time over that of the windows that had to run, alone."""
+    peer, alone = median_seconds(runs[PEER]), runs.get(ALONE)
+    for name, several in runs.items():
+        if name == ALONE:
+            continue
+        agreements = [run["agreement"] for run in several if run.get("agreement") is not None]
+        floor = ""
+        if name == OURS and alone:
+            per_window = statistics.median(run["seconds_per_window"] for run in alone)
+            floor = f"{median_seconds(several) / (per_window * several[0]['windows_run']):.2f}"
+        agreement = f"{agreements[-1]:.4%}" if agreements else ""
+        seconds = median_seconds(several)
+        yield name, len(several), f"{seconds:.1f}", f"{peer / seconds:.2f}", agreement, floor
+
+
+def median_seconds(runs: Sequence[Result]) -> float:
+    """Return the median of the runs' seconds."""
+    return float(statistics.median(run["seconds"] for run in runs))
+
+
+def stages(result: Result) -> list[str]:
+    """Return the seconds that each stage of the last whole run was busy, and its share of the whole run."""
+    runs = result["runs"]["whole"].get(OURS) or result["runs"]["eighth"].get(OURS)
+    if not runs:
+        return []
+    run = runs[-1]
+    rows = (
+        (name, f"{run['stages'][name]:.2f}", f"{run['stages'][name] / run['seconds']:.1%}")
+        for name in STAGES
+        if name in run["stages"]
+    )
+    told = f"{run['windows_run']} of {run['windows']} windows ran; stages overlap in time."
+    return ["### The share of each stage", "", told, "", *table(("stage", "busy s", "of the whole"), rows)]
+
+
+def peak_memory(result: Result) -> list[str]:
+    """Return peaks over the baseline of the same number of classes."""
+    bases = {run["classes"]: run["peak_bytes"] for run in result["runs"] if run["contender"] == "baseline"}
+    shas = {
+        run["classes"]: run["labels_sha256"]
+        for run in result["runs"]
+        if run["contender"] == "dints-deploy" and run["fits"]
+    }
+
+    def row(run: Result) -> Sequence[object]:
+        over = (run["peak_bytes"] - bases.get(run["classes"], 0)) / GIB
+        same = (
+            "" if run["labels_sha256"] is None else ("yes" if run["labels_sha256"] == shas.get(run["classes"]) else "")
+        )
+        peak = f"{run['peak_bytes'] / GIB:.2f}" + ("" if run["fits"] else ", stopped")
+        blocks = f"{run['blocks']}, {run['windows_again']} windows again" if "blocks" in run else ""
+        size = " x ".join(str(n) for n in run["shape"])
+        return run["contender"], run["classes"], size, peak, f"{over:.2f}", blocks, same, f"{run['seconds']:.0f}"
+
+    head = ("contender", "classes", "voxels", "peak GiB", "over the baseline", "blocks", "labels of one sweep", "s")
+    return table(head, (row(run) for run in sorted(result["runs"], key=lambda run: run["classes"])))
+
+
+def draw(result: Result) -> None:
+    """Draw the seconds of each contender on the whole scan, or on the eighth where the whole has not run."""
+    from matplotlib.figure import Figure
+
+    part = "whole" if PEER in result["runs"]["whole"] else "eighth"
+    runs = {name: median_seconds(r) for name, r in result["runs"][part].items() if name != ALONE}
+    figure = Figure(figsize=(7, 0.5 + 0.4 * len(runs)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(runs), list(runs.values()), color=["#2f6db3" if "dints" in n else "#b0b0b0" for n in runs])
+    axes.bar_label(bars, fmt="%.0f s", padding=3)
+    axes.set_xlabel(f"seconds for the {part} CT, from a fresh process")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(CHART, metadata={"Date": None})
+
+
+TABLES: Final[dict[str, Callable[[Result], list[str]]]] = {"full_ct": full_ct, "peak_memory": peak_memory}
+"""Benchmark -> its tables; the others have medians and ratios, or facts alone."""
 
 
 if __name__ == "__main__":
