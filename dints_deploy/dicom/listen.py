@@ -15,6 +15,7 @@ import select
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -43,8 +44,8 @@ NEGOTIATION_BYTES: Final = 1 << 20
 SPARE_CONNECTIONS: Final = 8
 """Connections over the limit that are still told so; more are closed without a word."""
 
-POLL_SECONDS: Final = 0.005
-"""How long a connection is waited on before looking whether something is to be sent."""
+POLL_SECONDS: Final = 0.01
+"""How long an association rests before it looks again whether there is something to do; data wakes it at once."""
 
 
 class Listening:
@@ -178,6 +179,7 @@ class _Accepted(Association):  # type: ignore[misc]
         certified = isinstance(connection, ssl.SSLSocket) and bool(connection.getpeercert())
         self.peer = Peer(secrets.token_hex(8), address, certified=certified)
         self.dimse = self.storing = Storing(self, server.reception, server.folder, server.bounds.object_bytes)
+        self._reactor_checkpoint = _Rest()
         self.dul.daemon = True  # an open association must not keep a process alive that was told to end
         self.set_socket(_BoundedSocket(self, connection, max(server.bounds.pdu_bytes, NEGOTIATION_BYTES)))
 
@@ -190,6 +192,20 @@ class _Accepted(Association):  # type: ignore[misc]
             self.storing.discard()
             if self.peer.calling:
                 self.reception.closed(self.peer, clean=self.is_released)
+
+
+class _Rest(threading.Event):
+    """Where the library's association pauses in every turn: long enough not to turn a thousand times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set, and a little longer."""
+        going = super().wait(timeout)
+        time.sleep(POLL_SECONDS)
+        return going
 
 
 class _BoundedSocket(ClosingSocket):
