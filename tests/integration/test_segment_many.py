@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +126,29 @@ def test_a_memory_limit_is_kept_in_blocks_with_the_same_labels(tmp_path: Path) -
     assert len(plans[0].blocks) == 1 < len(plans[1].blocks)
     assert plans[1].again > 0
     assert bytes_written[0] == bytes_written[1]
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_ctrl_c_in_the_middle_of_a_run_ends_it_and_leaves_nothing(
+    engine: str, machine: Machine, tmp_path: Path
+) -> None:
+    scan = write_scan(tmp_path / "large.nii.gz", values(160, 160, 160))
+    words = ["segment", scan, "--model", "open", "-o", tmp_path / "out", "--engine", engine, "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dints_deploy", *map(str, words)],
+        env=machine.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not (tmp_path / "out").exists():  # made just before the run
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode not in (0, -signal.SIGSEGV)
+    assert b"Traceback" not in said
+    assert files(tmp_path / "out") == []
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
