@@ -8,8 +8,9 @@ in the same order as in one sweep: the labels are the same, and windows at the b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Final
 
@@ -71,16 +72,19 @@ def make_plan(prepared: Prepared, spec: Entry, *, room_bytes: int | None = None,
     along = sweep_axis(prepared.grid.shape, spec.window)
     swept, window = prepared.along(along), in_order(spec.window, along)
     starts = [axis_starts(n, w, spec.overlap) for n, w in zip(swept.grid.shape, window, strict=True)]
-    splits = [
-        _Split(rows, columns) for rows, columns in product(*(_ways(swept, a, starts[a], window[a]) for a in (1, 2)))
-    ]
-    peaks = [_peak_bytes(swept, spec, window, batch, split) for split in splits]
-    fitting = [n for n, peak in enumerate(peaks) if room_bytes is None or peak <= room_bytes]
-    if not fitting:
-        raise _too_little(min(peaks), room_bytes or 0)
-    best = min(fitting, key=lambda n: splits[n].price)
-    blocks = blocks_of(starts[0], splits[best].rows, splits[best].columns)
-    return Plan(along, blocks, math.prod(len(s) for s in starts), peaks[best])
+    ways = [partial(_way, swept, axis, starts[axis], window[axis]) for axis in (1, 2)]
+    split = _Split(ways[0](1), ways[1](1))
+    peak = _peak_bytes(swept, spec, window, batch, split)
+    if room_bytes is not None and peak > room_bytes:
+        counts = [range(1, min(MAX_PARTS, swept.oriented.shape[axis]) + 1) for axis in (1, 2)]
+        splits = [_Split(*parts) for parts in product(map(ways[0], counts[0]), map(ways[1], counts[1]))]
+        peaks = [_peak_bytes(swept, spec, window, batch, split) for split in splits]
+        fitting = [n for n, needed in enumerate(peaks) if needed <= room_bytes]
+        if not fitting:
+            raise _too_little(min(peaks), room_bytes)
+        best = min(fitting, key=lambda n: splits[n].price)
+        split, peak = splits[best], peaks[best]
+    return Plan(along, blocks_of(starts[0], split.rows, split.columns), math.prod(len(s) for s in starts), peak)
 
 
 def sweep_axis(shape: Sequence[int], window: Sequence[int]) -> int:
@@ -109,11 +113,8 @@ class _Split:
         return windows, len(self.rows) * len(self.columns)
 
 
-def _ways(swept: Prepared, axis: int, starts: Sequence[int], window: int) -> Iterator[list[Part]]:
-    """Yield an axis in one part, in two, and so on."""
-    line, before = swept.back[axis], swept.before[axis]
-    for count in range(1, min(MAX_PARTS, len(line.lower)) + 1):
-        yield parts_of(line, before, starts, window, count)
+def _way(swept: Prepared, axis: int, starts: Sequence[int], window: int, count: int) -> list[Part]:
+    return parts_of(swept.back[axis], swept.before[axis], starts, window, count)
 
 
 def _peak_bytes(swept: Prepared, spec: Entry, window: Sequence[int], batch: int, split: _Split) -> int:

@@ -17,15 +17,16 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that this process can still take: of the machine, or of its control group where that is less.
-
-    The group's page cache counts as taken: an estimate on the safe side.
-    """
-    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    """Return the memory that this process can still take, of the machine or of its control group."""
+    machine = 1024 * int(_fields(MEMINFO, ":")["MemAvailable"].split()[0])
     try:
         limit = (CGROUP / "memory.max").read_text().strip()
         used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no control group of version 2, or the root group, which has no limit
+        cached = int(_fields(CGROUP / "memory.stat", " ")["inactive_file"])  # given back when others need it
+    except (OSError, ValueError, KeyError):  # no control group of version 2, or the root group, which has no limit
         return machine
-    return machine if limit == "max" else min(machine, int(limit) - used)
+    return machine if limit == "max" else min(machine, int(limit) - used + cached)
+
+
+def _fields(path: Path, separator: str) -> dict[str, str]:
+    return dict(line.split(separator, 1) for line in path.read_text().splitlines())
