@@ -96,7 +96,7 @@ def listen(
     entity.acse_timeout, entity.network_timeout = NEGOTIATION_SECONDS, bounds.idle_seconds
     server = _Server(entity, address, reception, folder, bounds, tls)
     name = f"dicom-port-{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name=name, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.5,), name=name, daemon=True)
     thread.start()
     entity._servers.append(server)
     return Listening(server, thread)

@@ -22,12 +22,16 @@ from dints_deploy.cli.segment import exit_code, parse_bytes
 from dints_deploy.errors import (
     REASONS,
     DatasetError,
+    DeliveryError,
     DintsError,
     EngineError,
     EntryError,
+    IntakeRefused,
     OutputError,
     ScanRefused,
+    ServiceError,
     UsageError,
+    WorkerError,
 )
 from tests.tiny_entry import entry_fields, random_network, run_cli, write_entry
 
@@ -40,6 +44,10 @@ ERRORS: list[type[DintsError]] = [
     EntryError,
     EngineError,
     OutputError,
+    ServiceError,
+    WorkerError,
+    IntakeRefused,
+    DeliveryError,
     DatasetError,
 ]
 
