@@ -3,7 +3,7 @@
 #   docker build -f docker/runtime-gpu.Dockerfile -t dints-deploy-gpu .
 #   docker run --rm --gpus all dints-deploy-gpu doctor
 # Plans are compiled on the machine that runs them (dints-deploy export ENTRY --trt), never shipped in an image.
-ARG BASE=nvidia/cuda:13.0.2-cudnn-runtime-ubuntu24.04
+ARG BASE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
 FROM ${BASE} AS python
 RUN apt-get update \
