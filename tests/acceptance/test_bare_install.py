@@ -176,8 +176,9 @@ def test_bare_environment_has_no_torch_and_segments_a_real_scan(bare: Path, tmp_
 
 
 def test_no_command_of_the_appliance_sends_a_packet_out(bare: Path, tmp_path: Path) -> None:
-    if not in_namespace():
-        pytest.skip("no right to make a network namespace")
+    allowed = subprocess.run([*NAMESPACE, "sh", "-euc", TRAP], capture_output=True, check=False)
+    if allowed.returncode != 0:
+        pytest.skip("no right to make a network namespace with a link in it")
     write_study(SCAN, tmp_path / "study", seed=1)
     shutil.copytree(tmp_path / "study", tmp_path / "incoming")
     script = TRAP + OFFLINE.format(bare=bare, scan=SCAN, task=SCAN.parents[1])
