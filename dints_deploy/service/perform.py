@@ -27,6 +27,9 @@ LOGGER: Final = logging.getLogger(__name__)
 EXTEND_S: Final = LEASE_S / 6
 """Time between two extensions of a lease."""
 
+SPOILED: Final = frozenset({"worker-memory", "worker-failed", "engine-memory", "engine-failed"})
+"""Failures after which the process may not be what it was: the next job gets a new one."""
+
 
 class Performer:
     """Does the jobs of one device with one worker process. Used by one thread."""
@@ -69,6 +72,8 @@ class Performer:
             release(self._store, job)  # does nothing where the lease was lost
             return
         if answer["kind"] == "failed":
+            if answer["code"] in SPOILED:
+                self.worker.stop()
             self._tally.failed(answer["code"])
             act = fail(self._store, job, _error(answer), self._policy, crashed=False)
             LOGGER.warning("a job failed", extra={"action": "job_failed", "code": answer["code"], "then": act, **about})

@@ -42,7 +42,8 @@ def job_of(place: Site, files: list[Path]) -> dict[str, Any]:
 
 def referred(path: Path) -> set[str]:
     """Return the source instances that a SEG refers to."""
-    (series,) = dcmread(path).ReferencedSeriesSequence or ()
+    found: Any = dcmread(path)
+    (series,) = found.ReferencedSeriesSequence
     return {str(one.ReferencedSOPInstanceUID) for one in series.ReferencedInstanceSequence}
 
 
