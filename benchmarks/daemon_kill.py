@@ -161,7 +161,7 @@ def _site(folder: Path, pacs: Archive) -> Site:
         routes=[route | {"destinations": ["results", "pacs"]}],
         destinations=[*place.fields["destinations"], destination],
         worker=place.fields["worker"] | {"attempts": 1000, "retry_seconds": 0.1},
-        completeness={"settled_seconds": 0.2, "quiet_seconds": 1.0},
+        completeness={"settled_seconds": 0.2, "released_seconds": 0.2, "quiet_seconds": 1.0},
     )
     return place
 

@@ -1,4 +1,4 @@
-"""Write docs/performance.md and its chart from the JSON that the benchmarks left in benchmarks/results/.
+"""Write the pages of figures in docs/ and the chart from the JSON that the benchmarks left in benchmarks/results/.
 
 python -m benchmarks.report
 """
@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from benchmarks.machine import ROOT
 
-PAGE = ROOT / "docs" / "performance.md"
 CHART = ROOT / "docs" / "pictures" / "performance.svg"
 GIB = 1 << 30
 PEER = "torch eager + MONAI"
@@ -20,27 +19,50 @@ ALONE = "engine alone (openvino)"
 OURS = "dints-deploy (openvino)"
 STAGES: Final = ("prepare", "load", "cut", "engine", "blend", "restore", "postprocess")
 
-HEAD = """# Performance
+MADE = "Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit."
+PAGES: Final = {
+    "performance": f"""# Performance
 
-Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every table is of runs whose
+{MADE} Every table is of runs whose
 contenders took turns on one machine, so the ratios count, not the seconds.
-"""
+""",
+    "dicom-measured": f"""# DICOM, measured
+
+{MADE} What is read and written is
+described in [dicom.md](dicom.md).
+""",
+    "reliability": f"""# Reliability, measured
+
+{MADE} What the daemon does and
+what to do about it is described in [operate.md](operate.md).
+
+What is promised: an object whose C-STORE was answered with success is on disk and known to the database, whatever is
+killed afterwards; every revision of a study has one current result at every destination; a result is repeated only
+with the same bytes; nothing stays stuck without a reason code; the audit trail has no gap. What is not: a disk that
+loses what it said was written; damage within a row's text, which SQLite's check of its pages does not see.
+""",
+}
+"""Page in docs/ -> its head. A result names its page; without, it belongs to performance."""
 
 Result = dict[str, Any]
 Rows = Iterable[Sequence[object]]
 
 
 def main() -> None:
-    """Write the page and the chart."""
-    parts = [HEAD]
+    """Write the pages and the chart."""
+    parts = {name: [head] for name, head in PAGES.items()}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text())
-        parts.append(section(path.stem, result))
+        page = parts[result.get("page", "performance")]
+        page.append(section(path.stem, result))
         if path.stem == "full_ct":
             draw(result)
-            parts.append(f"![Seconds of each contender](pictures/{CHART.name})\n")
-    PAGE.write_text("\n".join(parts))
-    print(PAGE)
+            page.append(f"![Seconds of each contender](pictures/{CHART.name})\n")
+    for name, sections in parts.items():
+        if len(sections) > 1:
+            page_path = ROOT / "docs" / f"{name}.md"
+            page_path.write_text("\n".join(sections))
+            print(page_path)
 
 
 def section(name: str, result: Result) -> str:
@@ -53,6 +75,7 @@ def section(name: str, result: Result) -> str:
         f"{machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}.",
         "",
         *TABLES.get(name, medians)(result),
+        *[line for one in result.get("tables", []) for line in told(one)],
         *[f"- {key}: {value}" for key, value in result.get("facts", {}).items()],
         "",
     ]
@@ -63,6 +86,12 @@ def table(head: Sequence[str], rows: Rows) -> list[str]:
     """Return a table's lines and an empty one."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return [*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows), ""]
+
+
+def told(one: Result) -> list[str]:
+    """Return a table that a result brings along: {"columns", "rows"}, under its "about" where it has one."""
+    about = [one["about"], ""] if "about" in one else []
+    return [*about, *table(one["columns"], one["rows"])]
 
 
 def medians(result: Result) -> list[str]:
