@@ -25,8 +25,11 @@ pip_wheel=$(ls "$here"/wheels/pip-*.whl)
 pip() {
   PIP_CONFIG_FILE=/dev/null "$target/bin/python" "$pip_wheel/pip" --isolated --disable-pip-version-check "$@"
 }
-pip install --quiet --no-index --find-links "$here/wheels" --no-deps --require-hashes -r "$here/requirements.txt"
+pip install --quiet --no-index --find-links "$here/wheels" --no-deps --require-hashes --no-compile \
+  -r "$here/requirements.txt"
 pip check >/dev/null
+# On all cores, which pip does not use. A file that is no Python of this version fails here as it does in pip: unnoticed.
+"$target/bin/python" -m compileall -qq -j 0 "$target/lib" || :
 "$target/bin/dints-deploy" zoo verify
 trap - EXIT
 echo "installed $("$target/bin/dints-deploy" --version) in $target; next: $target/bin/dints-deploy doctor"
