@@ -57,7 +57,7 @@ test-gpu: $(VENV)/done
 test: check
 	$(VENV)/bin/pytest tests/contract tests/gpu
 	$(VENV)/bin/pytest tests/acceptance tests/architecture tests/integration
-	$(VENV)/bin/pytest tests/unit
+	$(VENV)/bin/pytest tests/unit -n 2 --dist loadfile
 
 format: $(VENV)/done
 	$(VENV)/bin/ruff check --fix-only .

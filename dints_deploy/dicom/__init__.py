@@ -15,5 +15,6 @@ Out        result    a mask on its way into objects              provenance  wha
 Check      selfcheck before a file gets its name                 readback  reads objects by none of the writing code
            verify    a written object against zoo and source
 Network    listen    a C-STORE listener                      spool     an object while it comes in
+           storing   answers C-STORE on its connection       reception what a port takes, from whom, within what limits
            instance  what one object says of its study           network   send, commit, count
 """

@@ -198,6 +198,15 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused_without_waiting(tmp_path
         assert refusal.value.code == "scan-missing"
 
 
+@pytest.mark.parametrize("code", [1, 3, 4, 7])
+def test_an_image_that_is_not_in_millimetres_is_refused(tmp_path: Path, code: int) -> None:
+    path = tmp_path / "scan.nii"
+    path.write_bytes(nifti(np.ones((4, 5, 6), np.int16), xyzt_units=code))
+    with pytest.raises(ScanRefused, match="expected millimetres") as refusal:
+        read_nifti(path)
+    assert refusal.value.code == "scan-affine"
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([1, 2]),
