@@ -161,7 +161,7 @@ def site(folder: Path, *, outputs: Sequence[str] = ("dicom-seg",), **changes: An
         "data_dir": str(folder / "data"),
         "audit_anchor": str(folder / "anchor.json"),
         "listeners": [{"address": "127.0.0.1", "port": port, "titles": [title]}],
-        "completeness": {"settled_seconds": 0.3, "quiet_seconds": 2.0},
+        "completeness": {"settled_seconds": 0.3, "released_seconds": 0.3, "quiet_seconds": 2.0},
         "routes": [route],
         "destinations": [{"kind": "folder", "name": "results", "path": str(folder / "results")}],
         "worker": {"engine": "onnx", "threads": 1, "retry_seconds": 0.2, "attempts": 5},

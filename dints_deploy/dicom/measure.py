@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from pydicom.dataset import Dataset
 
 from dints_deploy.catalog.entry import Code as EntryCode
+from dints_deploy.dicom.instance import Instance
 from dints_deploy.dicom.objects import building, encoded, object_uid, stamp, write_checked
 from dints_deploy.dicom.provenance import SOFTWARE
 from dints_deploy.dicom.readback import LABELMAP_CLASS, SEG_CLASSES
@@ -32,6 +33,9 @@ PROCEDURES: Final = {
     "PT": "PETUnspecifiedBodyRegion",
 }
 """Modality -> procedure of CID 100; others are an "Imaging procedure"."""
+
+REPORT_CLASS: Final = "1.2.840.10008.5.1.4.1.1.88.34"
+"""Comprehensive 3D SR (PS3.4 B.5)."""
 
 DIGITS: Final = 6
 """Of a volume in mL: a thousandth of a cubic millimetre."""
@@ -80,8 +84,24 @@ def build_sr(result: DicomResult, *, segmentation: bool) -> Dataset:
         manufacturer=SOFTWARE,
         is_complete=True,
     )
+    if predecessors := _predecessors(result, but=str(report.SOPInstanceUID)):
+        report.PredecessorDocumentsSequence = predecessors
     report.ContentDate, report.ContentTime = result.when.strftime("%Y%m%d"), result.when.strftime("%H%M%S")
     return stamp(report, result, "sr", f"Measurements {result.entry.name}")
+
+
+def _predecessors(result: DicomResult, *, but: str) -> list[Dataset]:
+    """Return the reports that this one replaces, by study and series (PS3.3 C.17.2, table C.17-3)."""
+    earlier = [one for one in result.supersedes if one.SOPClassUID == REPORT_CLASS and one.SOPInstanceUID != but]
+    return [_in_study(one) for one in earlier]
+
+
+def _in_study(one: Instance) -> Dataset:
+    instance, series, study = Dataset(), Dataset(), Dataset()
+    instance.ReferencedSOPClassUID, instance.ReferencedSOPInstanceUID = one.SOPClassUID, one.SOPInstanceUID
+    series.SeriesInstanceUID, series.ReferencedSOPSequence = one.SeriesInstanceUID, [instance]
+    study.StudyInstanceUID, study.ReferencedSeriesSequence = one.StudyInstanceUID, [series]
+    return study
 
 
 def observation_context(entry: str, software: str) -> ObservationContext:

@@ -30,6 +30,9 @@ RESEARCH: Final = "research use only"
 CONTENT_DESCRIPTION: Final = "Research use only. Not for diagnosis or treatment."
 """For Content Description, a long string of at most 64 characters (PS3.5 6.2, LO)."""
 
+SUPERSEDING: Final = "Research use only. Supersedes an earlier segmentation."
+"""The same for a SEG that replaces another, as more slices came; its report names the earlier report."""
+
 LONG_STRING: Final = 64
 
 EMPTY_WHEN_MISSING: Final = (

@@ -18,6 +18,7 @@ from dints_deploy.dicom.attributes import Attributes
 from dints_deploy.dicom.bounded import quiet, read_header
 from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.header import Plane
+from dints_deploy.dicom.instance import Instance
 from dints_deploy.dicom.provenance import Provenance, input_digest, mask_digest, provenance_of
 from dints_deploy.dicom.read import DicomVolume
 from dints_deploy.dicom.uid import derived_uid
@@ -45,6 +46,7 @@ class DicomResult:
         header: data set of the first source file up to its pixels: patient and study.
         when: date and time in the objects, in the source's zone; an argument, so that two runs write the same bytes.
         segmentation_type: of the SEG (PS3.3 C.8.20.2.3).
+        supersedes: the objects of an earlier result of the same study that this one replaces.
     """
 
     volume: DicomVolume
@@ -56,6 +58,7 @@ class DicomResult:
     header: Dataset
     when: datetime
     segmentation_type: SegmentationType = "BINARY"
+    supersedes: tuple[Instance, ...] = ()
 
     @cached_property
     def empty(self) -> bool:
@@ -104,6 +107,7 @@ def dicom_result(
     volumes_ml: Mapping[str, float],
     when: datetime,
     segmentation_type: SegmentationType = "BINARY",
+    supersedes: tuple[Instance, ...] = (),
     decoders: Decoders | None = None,
 ) -> DicomResult:
     """Bring a label map back to the planes of its source and describe it.
@@ -114,6 +118,7 @@ def dicom_result(
         record: of `runtime.report.describe`.
         volumes_ml: label id -> millilitres, as measured on `labels`.
         when: date and time of the objects.
+        supersedes: the objects of the result that this one replaces.
         decoders: processes for compressed pixels, needed again only where the source was regularised.
 
     Raises:
@@ -129,7 +134,8 @@ def dicom_result(
     with quiet():
         header = read_header(source.planes[0].header.path).dataset
     when = in_zone_of(header, when)
-    return DicomResult(source, labels, segments, entry, volumes_ml, provenance, header, when, segmentation_type)
+    fields = (source, labels, segments, entry, volumes_ml, provenance, header, when)
+    return DicomResult(*fields, segmentation_type, supersedes)
 
 
 def in_zone_of(header: Dataset, when: datetime) -> datetime:

@@ -13,6 +13,7 @@ from dints_deploy.catalog.entry import Label
 from dints_deploy.dicom.header import Plane
 from dints_deploy.dicom.objects import (
     CONTENT_DESCRIPTION,
+    SUPERSEDING,
     building,
     code_item,
     encoded,
@@ -21,6 +22,7 @@ from dints_deploy.dicom.objects import (
     write_checked,
 )
 from dints_deploy.dicom.provenance import SOFTWARE
+from dints_deploy.dicom.readback import SEG_CLASSES
 from dints_deploy.dicom.result import DicomResult
 from dints_deploy.dicom.selfcheck import check_seg
 
@@ -68,13 +70,18 @@ def build_seg(result: DicomResult) -> Dataset:
         software_versions=result.provenance.software,
         device_serial_number="1",
         content_label="SEGMENTATION",
-        content_description=CONTENT_DESCRIPTION,
+        content_description=SUPERSEDING if _replaces_another(result) else CONTENT_DESCRIPTION,
         omit_empty_frames=True,
     )
     _refer_to_source(seg, {str(one.SOPInstanceUID): p for one, p in zip(surrogates, result.planes, strict=True)})
     _name_dimensions(seg, result.uid("seg", "dimensions"))
     seg.ContentDate, seg.ContentTime = result.when.strftime("%Y%m%d"), result.when.strftime("%H%M%S")
     return stamp(seg, result, "seg", f"Segmentation {result.entry.name}")
+
+
+def _replaces_another(result: DicomResult) -> bool:
+    own = object_uid(result, "seg", "instance")
+    return any(one.SOPClassUID in SEG_CLASSES and one.SOPInstanceUID != own for one in result.supersedes)
 
 
 def _description(number: int, label: Label, result: DicomResult) -> SegmentDescription:

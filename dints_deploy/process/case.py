@@ -60,6 +60,7 @@ class Request:
         labels_path: of the NIfTI output where the user named it.
         engine, precision, device, threads, max_ram_bytes: as for `segment`.
         when: date and time in DICOM objects, of `result_time`; given, two runs write the same bytes.
+        supersedes: DICOM objects of an earlier result that this one replaces; the new ones say so.
     """
 
     channels: Mapping[str, Scan]
@@ -72,6 +73,7 @@ class Request:
     threads: int | None = None
     max_ram_bytes: int | None = None
     when: datetime = field(default_factory=result_time)
+    supersedes: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +205,15 @@ def _segmented(
     record = describe(segmentation, entry, source.scan, input_digests=source.digests, parity=parity)
     record |= _about_series(source)
     result = Result(
-        request.stem, request.labels_path, entry, source, segmentation, record, request.when, request.formats
+        request.stem,
+        request.labels_path,
+        entry,
+        source,
+        segmentation,
+        record,
+        request.when,
+        request.formats,
+        request.supersedes,
     )
     return Outcome(record, write_outputs(result))
 

@@ -31,6 +31,7 @@ class Result:
     Attributes:
         when: date and time in DICOM objects.
         formats: all that are asked for: a measurement report refers to the SEG that is written beside it.
+        supersedes: DICOM objects of the result that this one replaces.
     """
 
     stem: Path
@@ -41,6 +42,7 @@ class Result:
     record: dict[str, Any]
     when: datetime
     formats: tuple[str, ...]
+    supersedes: tuple[Path, ...] = ()
 
     def path(self, suffix: str) -> Path:
         """Return the path of an output."""
@@ -55,6 +57,7 @@ class Result:
         """
         if not self.source.dicom:
             raise UsageError("usage", "expected a DICOM source for DICOM outputs, found NIfTI: use --to nifti")
+        from dints_deploy.dicom.instance import identify
         from dints_deploy.dicom.result import dicom_result
 
         kind: SegmentationType = "LABELMAP" if "dicom-labelmap" in self.formats else "BINARY"
@@ -66,6 +69,7 @@ class Result:
             volumes_ml=self.segmentation.volumes_ml,
             when=self.when,
             segmentation_type=kind,
+            supersedes=tuple(identify(path) for path in self.supersedes),
         )
 
 

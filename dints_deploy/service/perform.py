@@ -113,7 +113,14 @@ class Performer:
             precision=settings.precision,
             device=self._device,
             threads=settings.threads,
+            supersedes=self._earlier(job),
         )
+
+    def _earlier(self, job: Claimed) -> tuple[str, ...]:
+        """Return the DICOM files of the result that a job's replaces."""
+        if job.supersedes is None:
+            return ()
+        return tuple(map(str, sorted((self._data_dir / RESULTS / job.supersedes).glob("*.dcm"))))
 
     def _wanted(self, job: Claimed) -> Callable[[], bool]:
         """Return a function that keeps the job's lease and says whether the job is still wanted."""

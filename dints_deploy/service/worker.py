@@ -11,18 +11,19 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from dints_deploy.errors import DintsError, OutputError, ScanRefused, ServiceError
-from dints_deploy.files import output_error, sha256_file, sync_folder
+from dints_deploy.files import output_error, replacing, sha256_file, sync_folder
 from dints_deploy.service.fault import reach
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Task:
         folder: the worker's own, which does not exist yet; the study goes to `in/`, the files to `out/`.
         inputs: SHA-256 and file name of each object.
         when: date and time of the DICOM objects.
+        supersedes: DICOM files of the result that this one replaces.
     """
 
     job: str
@@ -65,6 +67,7 @@ class Task:
     precision: str
     device: str
     threads: int | None
+    supersedes: tuple[str, ...] = ()
 
     def line(self) -> bytes:
         """Return the task as a line."""
@@ -75,7 +78,7 @@ class Task:
         """Return the task of a line."""
         fields = json.loads(line)
         fields["inputs"] = tuple((digest, name) for digest, name in fields["inputs"])
-        return cls(**fields | {"outputs": tuple(fields["outputs"])})
+        return cls(**fields | {name: tuple(fields[name]) for name in ("outputs", "supersedes")})
 
 
 class Answers:
@@ -143,6 +146,7 @@ def run_one(task: Task, entries: dict[str, LoadedEntry], warm: WarmSessions) -> 
         reach("work-inputs")
         read = time.monotonic()
         outcome = _process(task, scan, out, entries, warm)
+        keep_equal(out, task.supersedes)
         answer = {"kind": "done", "about": _about(outcome.record)}
         seconds = outcome.record["seconds"] | {"materialise": read - begin}
     except ScanRefused as refusal:
@@ -212,8 +216,23 @@ def _process(task: Task, scan: Path, out: Path, entries: dict[str, LoadedEntry],
         device=task.device,
         threads=task.threads,
         when=datetime.fromisoformat(task.when),
+        supersedes=tuple(map(Path, task.supersedes)),
     )
     return process_case(request, {entry.spec.name: entry.spec}, lambda name: entry, warm=warm)
+
+
+def keep_equal(out: Path, earlier: Sequence[str]) -> None:
+    """Put the stored file in the place of a new one that has its SOPInstanceUID: what came late was not of its series.
+
+    UIDs follow from input and mask, so both say the same of the same slices; and one UID must never have two contents.
+    """
+    from dints_deploy.dicom.instance import identify
+
+    for stored in map(Path, earlier):
+        made = out / stored.name
+        if made.exists() and identify(made).SOPInstanceUID == identify(stored).SOPInstanceUID:
+            with replacing(made) as partial:
+                shutil.copyfile(stored, partial)
 
 
 def _seal_folder(out: Path) -> dict[str, str]:
