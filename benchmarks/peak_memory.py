@@ -119,7 +119,11 @@ def watched(command: list[str], work: Path, limit_bytes: int | None) -> dict[str
         if process.returncode:
             return {**run, "fits": False, "error": said.read()[-500:]}
     told = json.loads(text[text.index("{") :])
-    return {**run, "fits": True, **(told["cases"][0]["plan"] if "cases" in told else {})}
+    if "cases" not in told:
+        return {**run, "fits": True}
+    plan = told["cases"][0]["plan"]
+    planned = {"blocks": plan["blocks"], "windows_again": plan["windows_again"], "planned_bytes": plan["peak_bytes"]}
+    return {**run, "fits": True, **planned}
 
 
 def resident_and_peak(pid: int) -> tuple[int, int]:
