@@ -37,6 +37,9 @@ REQUEST_COMMITMENT: Final = 1
 DUPLICATE: Final = 0x0111
 """The instance is there already (PS3.7 C). Our UIDs follow from content, so it is the same one."""
 
+HELD_SECONDS: Final = 0.05
+"""Between two looks at whether the reading thread still lives."""
+
 PENDING: Final = (0xFF00, 0xFF01)
 OUT_OF_RESOURCES: Final = 0xA7
 PROCESSING_FAILURE: Final = 0x0110
@@ -98,12 +101,48 @@ class ClosingSocket(AssociationSocket):  # type: ignore[misc]  # the library has
             connection.close()
 
 
+class Gate:
+    """Holds the library's reading thread while we wait for an answer ourselves, in the place of its plain event.
+
+    With the plain one a thread that was just let through may still take the next answer off the queue, and the call
+    that waits for it ends without. Here `clear` returns only once the thread stands at the gate, or is gone.
+    """
+
+    def __init__(self, reader: threading.Thread) -> None:
+        self._reader = reader
+        self._changed = threading.Condition()
+        self._open, self._held = True, False
+
+    def wait(self) -> None:
+        """Stand at the gate until it is open."""
+        with self._changed:
+            while not self._open:
+                self._held = True
+                self._changed.notify_all()
+                self._changed.wait()
+            self._held = False
+
+    def set(self) -> None:
+        """Open the gate."""
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Close the gate, and wait until the reader stands at it."""
+        with self._changed:
+            self._open = False
+            while not self._held and threading.current_thread() is not self._reader and self._reader.is_alive():
+                self._changed.wait(HELD_SECONDS)
+
+
 class _Caller(AE):  # type: ignore[misc]
     """An application entity that calls others."""
 
     def _create_socket(
         self, assoc: Any, address: AddressInformation, tls_args: tuple[ssl.SSLContext, str] | None
     ) -> ClosingSocket:
+        assoc._reactor_checkpoint = Gate(assoc)
         connection = ClosingSocket(assoc, address=address)
         if tls_args:
             connection.tls_args = tls_args
