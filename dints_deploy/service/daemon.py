@@ -81,8 +81,8 @@ class Daemon:
     def run(self) -> None:
         """Run until SIGTERM or SIGINT; raise `ServiceError` `daemon-thread` where a part failed."""
         with ExitStack() as resources:
-            self._startup(resources)
             with self._signals():
+                self._startup(resources)
                 notify("READY=1")
                 LOGGER.info("the daemon is ready", extra={"action": "ready", "pid": os.getpid()})
                 self._main_loop()

@@ -28,16 +28,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield one
 
 
-def job_of(place: Site, files: list[Path]) -> dict[str, Any]:
-    """Return the current job of a study, once it is finished."""
+def job_of(place: Site, files: list[Path], *, revision: int = 1) -> dict[str, Any]:
+    """Return the job of a study's revision, or of a later one, once it is finished and the current one."""
     uid = dcmread(files[0]).SOPInstanceUID
     query = (
-        "SELECT j.id, j.state, j.revision FROM job j JOIN instance i ON i.study_id = j.study_id"
-        " WHERE i.uid = ? AND j.state IN ('done', 'refused', 'quarantined') ORDER BY j.revision DESC"
+        "SELECT j.id, j.state, j.revision FROM job j JOIN instance i ON i.study_id = j.study_id WHERE i.uid = ?"
+        " AND j.state IN ('done', 'refused', 'quarantined') AND j.revision >= ? ORDER BY j.revision DESC"
     )
-    wait_until(lambda: bool(place.rows(query, uid)) and "receiving" not in place.states(), seconds=60, what="a result")
-    name, state, revision = place.rows(query, uid)[0]
-    return {"id": name, "state": state, "revision": revision}
+    found: list[tuple[Any, ...]] = []
+
+    def finished() -> bool:
+        found[:] = place.rows(query, uid, revision)
+        return bool(found)
+
+    wait_until(finished, seconds=60, what="a result")
+    return dict(zip(("id", "state", "revision"), found[0], strict=True))
 
 
 def opened(place: Site, job: str, kind: str = "sr") -> Any:
@@ -81,8 +86,7 @@ def test_two_associations_with_a_pause_give_one_current_result_of_all_slices(pla
     place.send(files[:4])
     first = job_of(place, files)
     place.send(files[4:])
-    wait_until(lambda: job_of(place, files)["revision"] == 2, seconds=60, what="the second revision")
-    second = job_of(place, files)
+    second = job_of(place, files, revision=2)
     assert second["id"] != first["id"]
     assert place.rows("SELECT state FROM job WHERE id = ?", first["id"]) == [("superseded",)]
     seg, report, earlier = opened(place, second["id"], "seg"), opened(place, second["id"]), opened(place, first["id"])
@@ -105,8 +109,7 @@ def test_what_comes_late_and_is_not_of_the_series_gives_the_same_files_again(pla
         dataset.StudyInstanceUID, dataset.Modality = dcmread(files[0]).StudyInstanceUID, "MR"
         dataset.save_as(file)
     place.send(other)
-    wait_until(lambda: job_of(place, files)["revision"] == 2, seconds=60, what="the second revision")
-    second = job_of(place, files)
+    second = job_of(place, files, revision=2)
     contents = [[path.read_bytes() for path in place.delivered()[job["id"]]] for job in (first, second)]
     assert contents[0] == contents[1]
 
