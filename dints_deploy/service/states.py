@@ -24,7 +24,7 @@ JOB_STATES: Final[dict[str, str]] = {
     "done": "every destination has the result",
     "refused": "the scan was refused; the refusal was delivered where the route asks for it",
     "quarantined": "it waits for an operator, with a reason code",
-    "superseded": "its study has a newer revision, or was removed from the route by hand",
+    "superseded": "its study has a newer revision",
 }
 
 DELIVERY_STATES: Final[dict[str, str]] = {
