@@ -207,7 +207,7 @@ def _place(data_dir: Path, batch: Sequence[_Ticket]) -> list[_Ticket]:
                 folders |= {target.parent.parent, data_dir}
             if not target.exists():
                 ticket.received.path.rename(target)
-                folders.add(target.parent)
+            folders.add(target.parent)  # also of a name that was there: whether it is durable is not known
             placed.append(ticket)
         except OSError as error:
             ticket.answer = output_error(target, error)

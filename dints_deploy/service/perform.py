@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from dints_deploy.config.appliance import Worker as Settings
-from dints_deploy.errors import ServiceError, WorkerError
+from dints_deploy.errors import OutputError, ServiceError, WorkerError
 from dints_deploy.files import output_error, sync_folder
 from dints_deploy.service.fault import reach
 from dints_deploy.service.intake import OBJECTS
 from dints_deploy.service.outbox import RESULTS
-from dints_deploy.service.queue import LEASE_S, Claimed, Produced, claim, extend, fail, finish, release
+from dints_deploy.service.queue import LEASE_S, Claimed, Produced, claim, expire, extend, fail, finish, release
 from dints_deploy.service.retention import WORK
 from dints_deploy.service.retry import Policy
 from dints_deploy.service.store import Store
@@ -45,6 +45,7 @@ class Performer:
 
     def step(self) -> bool:
         """Do the next job that is due; False where there is none."""
+        expire(self._store)
         job = claim(self._store)
         if job is None:
             return False
@@ -78,7 +79,11 @@ class Performer:
             act = fail(self._store, job, _error(answer), self._policy, crashed=False)
             LOGGER.warning("a job failed", extra={"action": "job_failed", "code": answer["code"], "then": act, **about})
             return
-        self._finish(job, folder, answer)
+        try:
+            self._finish(job, folder, answer)
+        except OutputError as error:
+            fail(self._store, job, error, self._policy, crashed=False)
+            raise
         LOGGER.info("a job is done", extra={"action": "job_done", "kind": answer["kind"], **about})
 
     def _finish(self, job: Claimed, folder: Path, answer: dict[str, Any]) -> None:

@@ -171,6 +171,9 @@ WHERE id = :id AND lease = :lease AND state = 'running';
 -- running_jobs
 SELECT * FROM job WHERE state = 'running';
 
+-- expired_jobs
+SELECT * FROM job WHERE state = 'running' AND lease_until_s < :now;
+
 -- count_interruption
 UPDATE job SET interruptions = interruptions + 1 WHERE id = :id;
 

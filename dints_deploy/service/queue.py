@@ -168,6 +168,18 @@ def recover(store: Store, policy: Policy) -> int:
     return len(rows)
 
 
+def expire(store: Store) -> int:
+    """Put back jobs whose lease ran out: their part could not even note how they ended. Return how many there were."""
+    rows = store.rows("expired_jobs", {"now": store.clock.now()})
+    if not rows:
+        return 0
+    with store.transaction():
+        for row in store.rows("expired_jobs", {"now": store.clock.now()}):
+            reason = ("worker-hung", "expected its lease to be kept, found it run out")
+            _put_back(store, row, _study(store, row), "again", 0.0, reason, crashed=False)
+    return len(rows)
+
+
 def _put_back(
     store: Store,
     row: Row,

@@ -18,12 +18,9 @@ INTERRUPTIONS_PER_ATTEMPT: Final = 4
 
 ANOTHER_TIME: Final = frozenset(
     {
-        "disk-full",
-        "output-unwritable",
         "engine-failed",
         "engine-memory",
         "memory-limit",
-        "worker-start",
         "worker-crashed",
         "worker-hung",
         "worker-memory",
@@ -31,6 +28,9 @@ ANOTHER_TIME: Final = frozenset(
     }
 )
 """Reason codes of jobs that another attempt can help. All others would come again: quarantine at once."""
+
+NOT_THE_JOBS: Final = frozenset({"disk-full", "output-unwritable", "worker-start"})
+"""Reason codes that say nothing about the job: it is tried again until the machine is put in order."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Decision:
 
 def after_failure(code: str, failures: int, policy: Policy) -> Decision:
     """Decide about a job that failed for the `failures`-th time, now with `code`."""
+    if code in NOT_THE_JOBS:
+        return Decision("again", _backoff(failures, policy.first_s, DELIVERY_CEILING_S))
     if code not in ANOTHER_TIME or failures >= policy.attempts:
         return Decision("quarantine")
     return Decision("again", _backoff(failures, policy.first_s, JOB_CEILING_S))

@@ -10,18 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dints_deploy.errors import REASONS, DeliveryError, ServiceError, WorkerError
+from dints_deploy.errors import REASONS, DeliveryError, OutputError, ServiceError, WorkerError
 from dints_deploy.files import sha256_file
 from dints_deploy.service.deliver import Receipt
 from dints_deploy.service.jobs import list_jobs, mark_purged, quarantine_job, retry_job, show_job
 from dints_deploy.service.outbox import deliver_next
-from dints_deploy.service.queue import Claimed, Produced, claim, extend, fail, finish, recover, release
+from dints_deploy.service.queue import LEASE_S, Claimed, Produced, claim, expire, extend, fail, finish, recover, release
 from dints_deploy.service.retention import clean_start, orphans, retain
 from dints_deploy.service.retry import (
     ANOTHER_TIME,
     DELIVERY_CEILING_S,
     INTERRUPTIONS_PER_ATTEMPT,
     JOB_CEILING_S,
+    NOT_THE_JOBS,
     Policy,
     after_failure,
     after_interruption,
@@ -147,6 +148,29 @@ def test_a_job_given_back_at_shutdown_counts_as_no_attempt(tmp_path: Path) -> No
     assert bench.rows("SELECT state, attempts FROM job") == [("queued", 0)]
 
 
+def test_a_job_whose_lease_ran_out_is_taken_by_another(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    queued(bench)
+    lost = claimed(bench)
+    bench.time.seconds += LEASE_S - 1
+    assert expire(bench.store) == 0
+    assert extend(bench.store, lost)
+    bench.time.seconds += LEASE_S + 1
+    assert expire(bench.store) == 1
+    assert not extend(bench.store, lost)
+    assert claimed(bench).id == lost.id
+
+
+def test_a_full_disk_is_not_the_jobs_fault(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    queued(bench)
+    error = OutputError("disk-full", "expected room, found none")
+    for _ in range(POLICY.attempts + 3):
+        assert fail(bench.store, claimed(bench), error, POLICY, crashed=False) == "again"
+        bench.time.seconds += DELIVERY_CEILING_S
+    assert state(bench) == "queued"
+
+
 def test_a_clock_of_the_wall_that_jumps_moves_no_lease_and_no_retry(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     queued(bench)
@@ -170,7 +194,7 @@ def test_waiting_never_shrinks_and_never_exceeds_the_ceiling(failures: int, firs
 
 
 def test_every_code_that_is_tried_again_exists_and_interruptions_end() -> None:
-    assert set(REASONS) >= ANOTHER_TIME
+    assert set(REASONS) >= ANOTHER_TIME | NOT_THE_JOBS
     assert after_interruption(1, POLICY).wait_s == 0.0
     assert after_interruption(POLICY.attempts * INTERRUPTIONS_PER_ATTEMPT, POLICY).act == "quarantine"
     assert after_refusal(1000, POLICY, retryable=True).act == "again"
