@@ -211,7 +211,7 @@ def disk_full(folder: Path) -> Outcome:
             time.sleep(6.0)
             place.send(study(folder / "b", 2))
             place.wait_done(2)
-            ready = place.process is not None and place.process.poll() is None
+            ready = place.stop() == 0
         log_says = "0xA700" if refused else "nothing"
     return Outcome(f"sender told {log_says} (`{refused}`), daemon alive; taken and done after space was made",
                    bool(refused) and alive and ready)  # fmt: skip

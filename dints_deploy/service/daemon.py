@@ -181,6 +181,7 @@ class Daemon:
         self._add(f"worker-{device}", lambda: 0.0 if performer.step() else POLL_SECONDS)
 
     def _judge_step(self) -> float:
+        self._intake.note_ends()
         due_s = judge_due(self._store, self._config.data_dir, self._rules())
         for part in self._parts:
             if part.name.startswith("worker-"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dints_deploy.dicom.instance import Instance
-from dints_deploy.errors import DintsError, IntakeRefused
+from dints_deploy.errors import DintsError, IntakeRefused, OutputError
 from dints_deploy.files import output_error, sync_folder
 from dints_deploy.service.audit import record
 from dints_deploy.service.fault import reach
 from dints_deploy.service.model import Accepted, Received
 from dints_deploy.service.store import Store
+
+LOGGER: Final = logging.getLogger(__name__)
 
 OBJECTS: Final = "objects"
 INCOMING: Final = "incoming"
@@ -83,6 +86,7 @@ class DurableIntake:
         self.room = room
         self._store, self._data_dir = store, data_dir
         self._waiting: list[_Ticket] = []
+        self._over: list[tuple[str, str]] = []
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._held_bytes = _held(store)
         self._looked_s, self._free_bytes = 0.0, 0
@@ -115,19 +119,42 @@ class DurableIntake:
 
     def association_closed(self, association: str, *, clean: bool) -> None:
         """Note that an association is over; its studies are judged at once."""
+        with self._lock:
+            self._over.append((association, "released" if clean else "aborted"))
+        try:
+            self.note_ends()
+        except OutputError:
+            LOGGER.warning("the end of an association is noted later", extra={"action": "end_waits"})
+
+    def note_ends(self) -> None:
+        """Write what associations are over; call it now and then, for those that found the disk full.
+
+        Raises:
+            OutputError: `disk-full`; they are kept for the next call.
+        """
+        with self._lock:
+            over = tuple(self._over)
+        if not over:
+            return
         with self._store.transaction() as store:
-            state = "released" if clean else "aborted"
-            store.run("close_association", {"id": association, "state": state})
-            store.run("judge_association", {"id": association, "now": store.clock.now()})
+            for association, state in over:
+                store.run("close_association", {"id": association, "state": state})
+                store.run("judge_association", {"id": association, "now": store.clock.now()})
+        with self._lock:
+            self._over = [one for one in self._over if one not in over]
         self.arrived.set()
 
     def remove_objects(self, digests: Sequence[str]) -> None:
         """Remove objects that no row needs any more; intake waits meanwhile."""
         with self._turn:
-            for digest in digests:
-                if self._store.row("object_needed", {"sha256": digest}) is None:
-                    object_path(self._data_dir, digest).unlink(missing_ok=True)
-            self._held_bytes = _held(self._store)
+            self._remove_unneeded(digests)
+
+    def _remove_unneeded(self, digests: Sequence[str]) -> None:
+        """Remove objects without a row; called by whoever has the turn."""
+        for digest in digests:
+            if self._store.row("object_needed", {"sha256": digest}) is None:
+                object_path(self._data_dir, digest).unlink(missing_ok=True)
+        self._held_bytes = _held(self._store)
 
     def counts(self) -> tuple[dict[str, int], int]:
         """Return objects by outcome, and bytes taken, since the start."""
@@ -165,6 +192,8 @@ class DurableIntake:
         except DintsError as error:
             for ticket in batch:
                 ticket.answer = ticket.answer or error
+            with contextlib.suppress(DintsError):
+                self._remove_unneeded([ticket.received.sha256 for ticket in batch])
             return
         for ticket, answer in zip(placed, answers, strict=True):
             ticket.answer = answer

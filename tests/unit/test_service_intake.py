@@ -114,14 +114,19 @@ def test_a_full_disk_refuses_the_object_and_takes_it_later(tmp_path: Path) -> No
     with small_disk(tmp_path / "disk", kilobytes=400) as disk:
         bench = Bench(disk)
         with contextlib.closing(bench.store):
-            received = bench.received(1)
+            bench.take(1)
+            received = bench.received(2)
             filler = fill(disk)
             with pytest.raises(OutputError) as caught:
                 bench.intake.accept(received)
             assert caught.value.code == "disk-full"
-            assert bench.rows("SELECT 1 FROM instance") == []
+            assert bench.rows("SELECT count(*) FROM instance") == [(1,)]
+            assert len(list((disk / "objects").glob("*/*"))) == 1
+            bench.intake.association_closed("a1", clean=True)  # waits until it can be noted
             filler.unlink()
-            assert bench.take(1).outcome == "new"
+            assert bench.take(2).outcome == "new"
+            bench.intake.note_ends()
+            assert bench.rows("SELECT state FROM association") == [("released",)]
 
 
 def test_a_nifti_file_is_a_study_of_its_own_by_name_and_content(tmp_path: Path) -> None:
