@@ -25,11 +25,8 @@ FLOAT_BYTES: Final = 4
 MAX_PARTS: Final = 32
 """Parts of one axis at most: beyond, nearly all of the work would be done again."""
 
-WINDOWS_HELD: Final = 6
-"""Batches of windows and of logits at a time: two under way, one handed over, one blended, one of air, one summed."""
-
-SLACK_BYTES: Final = 128 << 20
-"""What allocators keep, and everything small."""
+WINDOWS_HELD: Final = 5
+"""Batches of windows and of logits at a time: under way, fresh from the engine, handed over, blended, of air."""
 
 MARGIN: Final = 1.05
 """Measured peaks were up to 2 % above the sum of what is known to be held."""

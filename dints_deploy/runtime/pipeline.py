@@ -35,6 +35,7 @@ def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
         while (item := making.popleft().result()) is not END:
             making.append(thread.submit(next, source, END))
             yield item
+            del item  # items are large: none is held while the next is waited for
     finally:
         thread.shutdown(cancel_futures=True)
 
@@ -62,6 +63,7 @@ def behind(work: Callable[[Iterator[T]], R], items: Iterable[T], depth: int = 1)
                 if stopped.is_set():
                     break
                 handed.put(item)
+                del item
         finally:
             handed.put(END)
         return result.result()
@@ -91,3 +93,4 @@ class Seconds:
             if item is END:
                 return
             yield item
+            del item

@@ -110,6 +110,7 @@ def fill(
         done = max(done, ready)
         if done < len(labels) and lines[0].lower[done] < end:
             last = slab.logits[:, -1:].copy()
+        del slab  # the next one is summed up meanwhile
     if done < len(labels):
         raise ValueError("expected slabs that cover the network's grid")
 
