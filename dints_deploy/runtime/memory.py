@@ -28,6 +28,9 @@ MAX_PARTS: Final = 32
 WINDOWS_HELD: Final = 5
 """Batches of windows and of logits at a time: under way, fresh from the engine, handed over, blended, of air."""
 
+SLACK_BYTES: Final = 128 << 20
+"""What allocators keep, and everything small."""
+
 MARGIN: Final = 1.05
 """Measured peaks were up to 2 % above the sum of what is known to be held."""
 
