@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,31 @@ print("seen", sorted(set(seen)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-2:] == ["exit 0", "seen []"]
+
+
+WITHOUT_WORD = {"ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "GITHUB_ACTIONS", "TF_BUILD"}
+"""Variables under which ONNX Runtime sends nothing by itself: a hospital sets none of them."""
+
+USES = {
+    "the engine alone": "import onnxruntime",
+    "the appliance": "from dints_deploy.cli.main import app; from dints_deploy.runtime import onnx_engine",
+    "the workshop": "import dints_search.publish, monai.networks.utils, onnxruntime",
+}
+
+
+@pytest.mark.parametrize("who", USES)
+def test_onnx_runtime_keeps_no_identifier_and_no_queue_of_reports(who: str, tmp_path: Path) -> None:
+    """It sends them seconds later, by code that no hook of Python sees; what it prepares for that lies in the home."""
+    network = ROOT / "zoo" / "hippocampus" / "model.onnx"
+    script = f"{USES[who]}\nimport onnxruntime\nonnxruntime.InferenceSession({str(network)!r})"
+    environment = {name: value for name, value in os.environ.items() if name not in WITHOUT_WORD}
+    for name in [name for name in environment if name.startswith("XDG_")]:
+        del environment[name]
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "search")}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
+    left = [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()]
+    reports = {parts for parts in left if "Microsoft" in parts}
+    assert bool(reports) == (who == "the engine alone"), left
 
 
 def test_import_contracts_hold() -> None:
