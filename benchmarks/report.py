@@ -41,6 +41,11 @@ killed afterwards; every revision of a study has one current result at every des
 with the same bytes; nothing stays stuck without a reason code; the audit trail has no gap. What is not: a disk that
 loses what it said was written; damage within a row's text, which SQLite's check of its pages does not see.
 """,
+    "images": f"""# Images, measured
+
+{MADE} How they are built and run
+is described in [install.md](install.md). Seconds of a build are those of a busy machine and its network.
+""",
 }
 """Page in docs/ -> its head. A result names its page; without, it belongs to performance."""
 
@@ -67,11 +72,11 @@ def main() -> None:
 
 def section(name: str, result: Result) -> str:
     """Return one benchmark with its machine, its tables and its facts."""
-    machine = result["machine"]
+    machine, command = result["machine"], result.get("command", f"python -m benchmarks.{name}")
     lines = [
         f"## {result.get('title', name)}",
         "",
-        f"`python -m benchmarks.{name}` at commit `{machine['commit'][:10]}`, {machine['processor']}, "
+        f"`{command}` at commit `{machine['commit'][:10]}`, {machine['processor']}, "
         f"{machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}.",
         "",
         *TABLES.get(name, medians)(result),

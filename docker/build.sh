@@ -4,7 +4,9 @@
 #
 #   docker/build.sh                     the runtime image: build, sizes, labels, a real scan, the daemon and Orthanc
 #   docker/build.sh search              the search image: build, size, versions
+#   docker/build.sh runtime try         try the image that was built before
 #
+# RECORD=1    write the figures into benchmarks/results, for docs/images.md; the image is built without its cache
 # BASE        an image to build on; without it one is made by debootstrap
 # PIP_CONFIG  a pip.conf for the build, CA an authority's certificates (named in it as /run/ca.pem): secrets, not kept
 # BUILD_ARGS  more options for buildah
@@ -34,27 +36,33 @@ make_base() {
   rm -rf "$folder" "$folder.log"
 }
 
-if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
-  make_base
-  say "made $base"
-fi
-
 version=$(sed -n 's/^## \([0-9.]*\).*/\1/p' CHANGELOG.md | head -1)
-secrets=()
-[ -z "${PIP_CONFIG:-}" ] || secrets+=(--secret "id=pip,src=$PIP_CONFIG")
-[ -z "${CA:-}" ] || secrets+=(--secret "id=ca,src=$CA")
 name=localhost/dints-deploy-$image:$version
-# shellcheck disable=SC2086  # several words
-buildah bud --quiet --layers --format docker --file "docker/$image.Dockerfile" --tag "$name" \
-  --build-arg "BASE=$base" --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD)" \
-  --build-arg "CREATED=$(git log -1 --format=%cI)" "${secrets[@]}" ${BUILD_ARGS:-} . >/dev/null
-say "built $name"
+facts=()
+[ -z "${RECORD:-}" ] || facts+=(--record)
 
+build() {
+  local secrets=() cache=--layers begin=$SECONDS
+  if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
+    make_base
+    facts+=(--fact "base made by debootstrap in=$((SECONDS - begin)) s")
+    say "made $base"
+  fi
+  [ -z "${PIP_CONFIG:-}" ] || secrets+=(--secret "id=pip,src=$PIP_CONFIG")
+  [ -z "${CA:-}" ] || secrets+=(--secret "id=ca,src=$CA")
+  [ -z "${RECORD:-}" ] || cache=--no-cache
+  begin=$SECONDS
+  # shellcheck disable=SC2086  # several words
+  buildah bud --quiet "$cache" --format docker --file "docker/$image.Dockerfile" --tag "$name" \
+    --build-arg "BASE=$base" --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD)" \
+    --build-arg "CREATED=$(git log -1 --format=%cI)" "${secrets[@]}" ${BUILD_ARGS:-} . >/dev/null
+  facts+=(--fact "built in=$((SECONDS - begin)) s, with everything fetched")
+  say "built $name"
+}
+
+[ "${2:-}" = try ] || build
 container=$(buildah from "$name")
 trap 'buildah rm "$container" >/dev/null' EXIT
 root=$(buildah mount "$container")
-say "unpacked: $(du -sm --apparent-size "$root" | cut -f1) MB; the largest parts, MB:"
-(cd "$root" && du -m --apparent-size --max-depth=7 -t 10M . 2>/dev/null | sort -rn |
-  grep -E 'site-packages/[^/]+$|^[0-9]+\s\./(usr|var|etc)$' | head -12)
-buildah inspect --type image "$name" | "$python" -m docker.try_image "$image" "$root"
+buildah inspect --type image "$name" | "$python" -m docker.try_image "$image" "$root" "${facts[@]}"
 say "done"

@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # The appliance on an NVIDIA GPU: ONNX Runtime's CUDA provider and TensorRT. Research use only.
 #   docker build -f docker/runtime-gpu.Dockerfile -t dints-deploy-gpu .
 #   docker run --rm --gpus all dints-deploy-gpu doctor

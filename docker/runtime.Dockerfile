@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # The appliance on a CPU: OpenVINO and ONNX Runtime, no torch, no compiler, no pip. Research use only.
 #   docker build -f docker/runtime.Dockerfile -t dints-deploy .
 # Behind a proxy with an index or an authority of its own: --secret id=pip,src=pip.conf --secret id=ca,src=ca.pem

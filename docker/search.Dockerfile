@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # The workshop: torch, MONAI and the appliance, to search, retrain, evaluate and publish. Research use only.
 #   docker build -f docker/search.Dockerfile -t dints-deploy-search .
 #   docker run --rm --gpus all -v "$PWD:/work" dints-deploy-search search --task 4 --data Task04_Hippocampus --out runs/a

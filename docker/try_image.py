@@ -1,12 +1,15 @@
 """Try a built image: its labels, a real scan without a network, the daemon and an Orthanc (run by build.sh, as root).
 
-buildah inspect --type image NAME | python -m docker.try_image runtime MOUNTED_ROOT
+buildah inspect --type image NAME | python -m docker.try_image runtime MOUNTED_ROOT [--record] [--fact NAME=WORDS]
 
-A container is made here of namespaces: a root that cannot be written, the image's own user, no new privileges.
+A container is made here of namespaces: a root that cannot be written, the image's own user, no new privileges. With
+--record the figures, and the facts that build.sh names, are written into benchmarks/results/image_NAME.json; what an
+earlier call recorded and this one does not say is kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,13 +26,15 @@ from typing import Any
 
 import tomli_w
 
+from benchmarks.machine import read, write
 from dints_deploy.dicom.network import Remote, send
+from docker.parts import MEBIBYTE, parts
 from tests.peers import Orthanc, free_port, orthanc, wait_until
 from tests.real_study import write_study
 
 HERE = Path(__file__).parent
 SCAN = HERE.parent / "tests" / "data" / "Task04_Hippocampus" / "imagesTr" / "hippocampus_038.nii.gz"
-MEBIBYTES = 900
+MOST_BYTES = 900 * MEBIBYTE
 READY_SECONDS = 5.0
 RESULTS = 3
 """Objects of a study: SEG, SR and secondary capture."""
@@ -78,34 +83,63 @@ exec setpriv --no-new-privs chroot --userspec={self.config["User"]} --groups= "$
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
+Facts = Iterator[tuple[str, str]]
+"""What was found: a few words, and the figure."""
+
+
 def main() -> None:
     """Try the image that is named; end with an AssertionError where it is not what it should be."""
-    kind, root = sys.argv[1], Path(sys.argv[2])
-    image = Image(root, json.load(sys.stdin)["Docker"]["config"])
-    check_labels(image)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind")
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--fact", action="append", default=[])
+    words = parser.parse_args()
+    image = Image(words.root, json.load(sys.stdin)["Docker"]["config"])
+    found = dict(fact.split("=", 1) for fact in words.fact)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        if kind == "search":
-            try_search(image, Path(folder))
-            return
-        check_contents(image, Path(folder))
-        try_scan(image, Path(folder))
-        try_daemon(image, Path(folder))
+        for name, text in tried(words.kind, image, Path(folder)):
+            print(f"          {name}: {text}", flush=True)
+            found[name] = text
+    if words.record:
+        print(record(words.kind, image, found))
 
 
-def check_labels(image: Image) -> None:
+def tried(kind: str, image: Image, folder: Path) -> Facts:
+    """Try everything that an image of this kind must do, and yield what was found."""
+    yield from check_labels(image)
+    if kind == "search":
+        yield from try_search(image)
+        return
+    yield from check_contents(image)
+    yield from try_scan(image, folder)
+    yield from try_daemon(image, folder)
+
+
+def record(kind: str, image: Image, found: Mapping[str, str]) -> Path:
+    """Write what was found, and the largest parts, where benchmarks.report looks for it."""
+    before = (read(f"image_{kind}") or {}).get("facts", {})
+    largest = [(name, f"{size / MEBIBYTE:.0f}") for name, size in parts(image.root).items() if size > 10 * MEBIBYTE]
+    table = {"about": "The largest parts, unpacked:", "columns": ["part", "MB"], "rows": largest}
+    title = f"The {kind} image"
+    about = {"title": title, "page": "images", "command": f"docker/build.sh {kind}"}
+    return write(f"image_{kind}", {**about, "tables": [table], "facts": {**before, **found}})
+
+
+def check_labels(image: Image) -> Facts:
     """Check what the image says of itself."""
     labels = {key.rpartition(".")[2]: value for key, value in image.config["Labels"].items()}
     assert {"title", "description", "licenses", "version", "revision", "created"} <= labels.keys(), labels
     assert "unknown" not in labels.values(), labels
     assert image.config["User"] == "10001:10001"
-    say("labels", ", ".join(f"{key} {labels[key]}" for key in ("title", "version", "revision")))
+    yield "labels", ", ".join(f"{key} {labels[key]}" for key in ("title", "version", "revision"))
 
 
-def check_contents(image: Image, folder: Path) -> None:
+def check_contents(image: Image) -> Facts:
     """Check size, what must not be there, and that nothing but the volume and /tmp can be written."""
-    size = sum(path.lstat().st_size for path in image.root.rglob("*") if not path.is_symlink() and path.is_file())
-    assert size < MEBIBYTES << 20, size
+    size = sum(parts(image.root).values())
+    assert size < MOST_BYTES, size
     for name in ("torch", "monai", "pip", "setuptools"):
         done = image.run("python", "-c", f"import {name}", mounts={})
         assert "No module named" in done.stderr, (name, done.stderr)
@@ -114,14 +148,13 @@ def check_contents(image: Image, folder: Path) -> None:
     assert found == [], found
     bill = json.loads((image.root / "usr/share/doc/dints-deploy/sbom.cdx.json").read_text())
     names = {one["name"] for one in bill["components"]}
-    assert {"openvino", "onnxruntime", "python3", "libc6"} <= names or "tensorrt" in names
-    say(
-        "contents",
-        f"{size / 2**20:.0f} MB, {len(names)} packages in the bill of materials, no torch, no pip, read-only",
-    )
+    assert {"openvino", "onnxruntime", "python3", "libc6"} <= names
+    yield "unpacked", f"{size / MEBIBYTE:.0f} MB"
+    yield "bill of materials", f"{len(names)} packages"
+    yield "not in the image", "torch, MONAI, pip, setuptools; nothing that its user could write"
 
 
-def try_scan(image: Image, folder: Path) -> None:
+def try_scan(image: Image, folder: Path) -> Facts:
     """Segment a real scan in a namespace without routes, with each engine."""
     out = _owned(folder / "out")
     mounts = {SCAN.parent: "/mnt/in", out: "/mnt/out"}
@@ -134,10 +167,10 @@ def try_scan(image: Image, folder: Path) -> None:
         volumes = {s["id"]: s["volume_ml"] for s in case["structures"]}
         assert 1.0 < volumes["hippocampus-anterior"] < 2.6, volumes
         said = ", ".join(f"{name} {volume:.2f} mL" for name, volume in volumes.items())
-        say("segment", f"{time.monotonic() - begin:.1f} s with {engine}, no route to anywhere: {said}")
+        yield f"a real scan with {engine}, without a route to anywhere", f"{time.monotonic() - begin:.1f} s: {said}"
 
 
-def try_daemon(image: Image, folder: Path) -> None:
+def try_daemon(image: Image, folder: Path) -> Facts:
     """Run the daemon; send it a study, find the result in Orthanc; hang its worker; stop it."""
     port, http_port = free_port(), free_port()
     settings = json.loads((HERE / "orthanc.json").read_text())
@@ -150,22 +183,22 @@ def try_daemon(image: Image, folder: Path) -> None:
         (etc / "appliance.toml").chmod(0o444)
         mounts = {etc: "/etc/dints-deploy", data: "/var/lib/dints-deploy"}
         words = (*image.config["Entrypoint"], *image.config["Cmd"])
+        begin = time.monotonic()
         with container(image, *words, mounts=mounts) as process:
-            begin = time.monotonic()
             wait_until(lambda: ready(http_port), seconds=60, what="the daemon")
             seconds, computed = time.monotonic() - begin, cpu_seconds(_children(process.pid)[0])
-            say("daemon", f"ready {seconds:.1f} s after the start, {computed:.1f} s of them computing")
+            yield "the daemon is ready after", f"{seconds:.1f} s, {computed:.1f} s of them computing"
             crowded = os.getloadavg()[0] > len(os.sched_getaffinity(0))
             assert (computed if crowded else seconds) < READY_SECONDS
             assert healthy(image, mounts)
-            round_trip(folder / "first", pacs, port)
-            hang(image, mounts, process, folder / "second", port)
+            yield from round_trip(folder / "first", pacs, port)
+            yield from hang(image, mounts, process, folder / "second", port)
             wait_until(lambda: len(pacs.instances()) == 2 * RESULTS, seconds=120, what="the second result")
-            say("daemon", "the study of the hung worker is in Orthanc as well")
+            yield "the study of the hung worker", "its result is in Orthanc as well"
             begin = time.monotonic()
             os.kill(_children(process.pid)[0], 15)
             status = process.wait(60)
-            say("daemon", f"exit status {status} {time.monotonic() - begin:.1f} s after SIGTERM")
+            yield "after SIGTERM", f"exit status {status} in {time.monotonic() - begin:.1f} s"
             assert status == 0
 
 
@@ -179,7 +212,7 @@ def configured(pacs: Orthanc, port: int, http_port: int) -> str:
     return tomli_w.dumps(fields)
 
 
-def round_trip(folder: Path, pacs: Orthanc, port: int) -> None:
+def round_trip(folder: Path, pacs: Orthanc, port: int) -> Facts:
     """Send a study by storescu and wait for its three results."""
     write_study(SCAN, folder, seed=1)
     begin = time.monotonic()
@@ -187,10 +220,10 @@ def round_trip(folder: Path, pacs: Orthanc, port: int) -> None:
     subprocess.run(command, check=True)
     wait_until(lambda: len(pacs.instances()) == RESULTS, seconds=120, what="the result in Orthanc")
     kinds = sorted(pacs.get(f"instances/{one['ID']}/simplified-tags")["Modality"] for one in pacs.instances().values())
-    say("daemon", f"{', '.join(kinds)} in Orthanc {time.monotonic() - begin:.1f} s after the study was sent")
+    yield "a study by storescu", f"{', '.join(kinds)} in Orthanc {time.monotonic() - begin:.1f} s after storescu began"
 
 
-def hang(image: Image, mounts: Mapping[Path, str], process: subprocess.Popen[str], study: Path, port: int) -> None:
+def hang(image: Image, mounts: Mapping[Path, str], process: subprocess.Popen[str], study: Path, port: int) -> Facts:
     """Stop the worker process, send a study, and see health turn bad and good again."""
     (daemon,) = _children(process.pid)
     (worker,) = _children(daemon)
@@ -201,7 +234,8 @@ def hang(image: Image, mounts: Mapping[Path, str], process: subprocess.Popen[str
     wait_until(lambda: not healthy(image, mounts), seconds=90, what="the health check to turn bad")
     bad = time.monotonic() - begin
     wait_until(lambda: healthy(image, mounts), seconds=120, what="the health check to turn good")
-    say("daemon", f"hung worker: unhealthy after {bad:.0f} s, healthy again after {time.monotonic() - begin:.0f} s")
+    good = time.monotonic() - begin
+    yield "a worker that hangs", f"unhealthy {bad:.0f} s after its study was sent, healthy again after {good:.0f} s"
 
 
 def cpu_seconds(pid: int) -> float:
@@ -234,21 +268,17 @@ def container(image: Image, *words: str, mounts: Mapping[Path, str]) -> Iterator
             process.kill()
 
 
-def try_search(image: Image, folder: Path) -> None:
-    """Import what the workshop needs, and describe the shipped genotype."""
+def try_search(image: Image) -> Facts:
+    """Import what the workshop needs, and check the data of a task."""
+    yield "unpacked", f"{sum(parts(image.root).values()) / MEBIBYTE:.0f} MB"
     code = "import torch, monai, dints_search; print(torch.__version__, monai.__version__)"
     done = image.run("python", "-c", code, mounts={})
     assert done.returncode == 0, done.stderr
-    say("search", f"torch, MONAI {done.stdout.strip()}")
+    yield "torch, MONAI", ", ".join(done.stdout.split())
     task = {SCAN.parents[1]: "/mnt/in"}
     done = image.run("dints-deploy", "data", "check", "/mnt/in", mounts=task, network=False)
     assert done.returncode == 0, done.stderr
-    say("search", f"data check: {done.stdout.strip().splitlines()[-1]}")
-
-
-def say(subject: str, text: str) -> None:
-    """Print a line."""
-    print(f"          {subject:<9} {text}", flush=True)
+    yield "dints-deploy data check", done.stdout.strip().splitlines()[-1]
 
 
 def _owned(folder: Path) -> Path:

@@ -100,17 +100,21 @@ def test_compose_keeps_the_daemon_confined_and_its_files_exist() -> None:
     assert "docker/secrets" in (ROOT / ".gitignore").read_text()
 
 
-def test_secrets_are_made_once_and_never_the_same(tmp_path: Path) -> None:
+def test_secrets_are_made_once_and_never_the_same_and_the_containers_can_read_their_files(tmp_path: Path) -> None:
     passwords = set()
     for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
         script = folder / "secrets.sh"
         script.write_bytes((DOCKER / "secrets.sh").read_bytes())
+        mounted = [folder / name for name in ("appliance.toml", "appliance.gpu.toml", "orthanc.json")]
+        for path in mounted:
+            path.touch(mode=0o600)
         said = subprocess.run(["sh", script], capture_output=True, text=True, check=True).stdout
         users = json.loads((folder / "secrets" / "orthanc-users.json").read_text())["RegisteredUsers"]
         assert users["orthanc"] in said
         assert (folder / "secrets").stat().st_mode & 0o077 == 0
+        assert all(path.stat().st_mode & 0o004 for path in mounted)
         passwords.add(users["orthanc"])
         assert subprocess.run(["sh", script], capture_output=True, check=False).returncode == 1
     assert len(passwords) == 2

@@ -1,0 +1,185 @@
+"""Try compose.yaml on a Docker engine: up, a study by storescu, its result in Orthanc's page, a hung worker, down.
+
+python -m docker.try_compose [--record]
+
+It needs an engine, its compose (the plug-in, or docker-compose in the PATH), DCMTK, ports 11112 and 8042, and the image
+dints-deploy:latest; Orthanc's image is the one of compose.yaml, or that of ORTHANC_IMAGE. The project gets a name and
+volumes of its own, which are removed in the end, and a password of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import write
+from tests.peers import wait_until
+from tests.real_study import write_study
+
+HERE = Path(__file__).parent
+SCAN = HERE.parent / "tests" / "data" / "Task04_Hippocampus" / "imagesTr" / "hippocampus_038.nii.gz"
+PROJECT = "dints-deploy-try"
+PAGE = "http://127.0.0.1:8042"
+KINDS = ["OT", "SEG", "SR"]
+
+HANG = "worker=$(cat /proc/1/task/*/children) && kill -STOP $worker"
+"""The daemon is the first process of its container, and the worker its only child."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The two services.
+
+    Attributes:
+        compose: how compose is called.
+        password: of Orthanc's page.
+    """
+
+    compose: tuple[str, ...]
+    password: str
+
+    def run(self, *words: str) -> str:
+        """Run compose and return what it prints."""
+        return call(*self.compose, *words)
+
+    def container(self, service: str) -> str:
+        """Return the identifier of a service's container."""
+        return self.run("ps", "--all", "--quiet", service).strip()
+
+    def health(self) -> str:
+        """Return what the engine's health check says of the daemon."""
+        return call("docker", "inspect", "--format", "{{.State.Health.Status}}", self.container("dints-deploy")).strip()
+
+    def checks(self) -> list[bool]:
+        """Return the last health checks, oldest first: True for a good one."""
+        said = call("docker", "inspect", "--format", "{{json .State.Health.Log}}", self.container("dints-deploy"))
+        return [one["ExitCode"] == 0 for one in json.loads(said)]
+
+    def results(self) -> list[str]:
+        """Return the kinds of the objects that Orthanc has, as its page's user."""
+        listed = page("/instances", f"orthanc:{self.password}")
+        return sorted(
+            page(f"/instances/{one}/simplified-tags", f"orthanc:{self.password}")["Modality"] for one in listed
+        )
+
+
+def main() -> None:
+    """Try the services; end with an AssertionError where something is not as it should be."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/image_compose.json")
+    recorded = parser.parse_args().record
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in tried(Path(folder)):
+            print(f"{name}: {text}", flush=True)
+            found[name] = text
+    if recorded:
+        about = {"title": "The services of compose.yaml", "page": "images", "command": "python -m docker.try_compose"}
+        print(write("image_compose", {**about, "facts": found}))
+
+
+def tried(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield what was found: a few words, and the figure."""
+    compose = ("docker", "compose") if has_plugin() else ("docker-compose",)
+    engine = call("docker", "version", "--format", "{{.Server.Version}}").strip()
+    yield "engine and compose", f"{engine}, {call(*compose, 'version', '--short').strip()}"
+    with stack(folder, compose) as one:
+        yield "up", f"both services run; healthy {waited(lambda: one.health() == 'healthy'):.0f} s later"
+        refused = page_status("/instances")
+        assert refused == 401, refused
+        yield "Orthanc's page without the password", f"answers {refused}"
+        yield (
+            "a study by storescu",
+            f"{', '.join(KINDS)} in Orthanc's page {sent(one, folder / 'first', times=1):.0f} s later",
+        )
+        ours = one.container("dints-deploy")
+        call("docker", "exec", ours, "sh", "-c", HANG)
+        seconds = sent(one, folder / "second", times=2)
+        assert False in one.checks()
+        waited(lambda: one.health() == "healthy" and one.checks()[-1])
+        yield (
+            "a worker that hangs",
+            f"a health check fails; the next ones are good; the result is there {seconds:.0f} s later",
+        )
+        begin = time.monotonic()
+        one.run("stop")
+        status = call("docker", "inspect", "--format", "{{.State.ExitCode}}", ours).strip()
+        assert status == "0", status
+        yield "stop", f"exit status {status} of the daemon, {time.monotonic() - begin:.0f} s"
+
+
+def sent(one: Stack, folder: Path, *, times: int) -> float:
+    """Send a study and return the seconds until Orthanc has the results of all that were sent."""
+    write_study(SCAN, folder, seed=times)
+    begin = time.monotonic()
+    call("storescu", "-aet", "ME", "-aec", "DINTS", "+sd", "+r", "localhost", "11112", str(folder))
+    waited(lambda: one.results() == sorted(KINDS * times))
+    return time.monotonic() - begin
+
+
+@contextmanager
+def stack(folder: Path, compose: tuple[str, ...]) -> Iterator[Stack]:
+    """Run copies of the files with secrets of their own until the end of the block; then remove all that they made."""
+    shutil.copytree(HERE, folder / "docker", ignore=shutil.ignore_patterns("secrets", "__pycache__"))
+    call("sh", str(folder / "docker" / "secrets.sh"))
+    users = json.loads((folder / "docker" / "secrets" / "orthanc-users.json").read_text())["RegisteredUsers"]
+    words = (*compose, "--project-name", PROJECT, "--file", str(folder / "docker" / "compose.yaml"))
+    one = Stack(words, users["orthanc"])
+    try:
+        one.run("up", "--detach", "--no-build")
+        yield one
+    finally:
+        one.run("down", "--volumes")
+
+
+def has_plugin() -> bool:
+    """Say whether compose is a plug-in of docker."""
+    return subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
+
+
+def call(*words: str) -> str:
+    """Run a command of this machine and return what it prints."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, (words, done.stdout, done.stderr)
+    return done.stdout
+
+
+def waited(true: Callable[[], bool]) -> float:
+    """Wait for a condition and return the seconds it took."""
+    begin = time.monotonic()
+    wait_until(true, seconds=180)
+    return time.monotonic() - begin
+
+
+def page(path: str, user: str) -> Any:
+    """Return a document of Orthanc's page."""
+    request = urllib.request.Request(f"{PAGE}{path}")
+    request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def page_status(path: str) -> int:
+    """Return the status that a stranger gets."""
+    try:
+        with urllib.request.urlopen(f"{PAGE}{path}", timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+if __name__ == "__main__":
+    main()
