@@ -17,7 +17,6 @@ from pydicom.dataset import Dataset
 
 from dints_deploy.dicom.header import SliceHeader
 from dints_deploy.dicom.objects import building, encoded, stamp, write_checked
-from dints_deploy.dicom.pixels import decode
 from dints_deploy.dicom.result import DicomResult
 from dints_deploy.dicom.selfcheck import check_values
 
@@ -92,8 +91,8 @@ def _source(header: SliceHeader) -> Dataset:
 def render(result: DicomResult) -> NDArray[np.uint8]:
     """Return the sheet (rows, columns, 3): key slices, legend with volumes, the research-use line."""
     places = key_slices(result)
-    slices = [_values(result, place) for place in places]
-    low, high = np.percentile(np.stack(slices), DISPLAY_PERCENTILES)
+    slices = result.volume.source_values(places)  # (places, rows, columns)
+    low, high = np.percentile(slices, DISPLAY_PERCENTILES)
     tiles = [_tile(result, place, values, (low, high)) for place, values in zip(places, slices, strict=True)]
     width = max(tile.width for tile in tiles)
     height = max(tile.height for tile in tiles) + LINE
@@ -120,16 +119,6 @@ def key_slices(result: DicomResult) -> list[int]:
     if areas.any() and fullest not in chosen:
         chosen[np.abs(chosen - fullest).argmin()] = fullest
     return sorted(int(place) for place in chosen)
-
-
-def _values(result: DicomResult, place: int) -> NDArray[np.float32]:
-    """Return a source plane's own values (rows, columns), also where the volume was regularised."""
-    if result.volume.regularised:
-        stack = decode([result.planes[place].header])
-    else:
-        stack = result.volume.volume.data[0, :, :, place].T[np.newaxis]
-    values: NDArray[np.float32] = stack[0]
-    return values
 
 
 def _tile(result: DicomResult, index: int, values: NDArray[np.float32], window: tuple[float, float]) -> Image.Image:

@@ -1,19 +1,27 @@
-"""A process that decodes compressed frames, so that a decoder's crash, greed or endless loop cannot harm the caller.
+"""Processes that decode compressed frames, so that a decoder's crash, greed or endless loop cannot harm the caller.
 
-Run as `python -m dints_deploy.dicom.decoder BYTES`. A JSON line {"ready"} says that it can serve. Requests come as JSON
-lines on standard input (`decoders._request` writes them); for each frame a JSON line goes out, {"dtype", "bytes"} and
-then the bytes, or {"error"}, which ends the request.
+Run as `python -m dints_deploy.dicom.decoder DESCRIPTOR BYTES`, with a socket of packets on DESCRIPTOR. This first
+process imports what decoding needs, says "ready", and decodes nothing: for {"start"}, which comes with a connected
+stream socket, it forks a worker that serves that socket and answers {"pid"}; for {"stop": pid} it ends and buries the
+worker. Where the caller closes its end, or dies, all end.
+
+Requests to a worker are JSON lines (`decoders._request` writes them); for each frame a head of `HEAD_BYTES` goes out,
+JSON with {"dtype", "bytes"}, and then the bytes, or a head with {"error"}, which ends the request.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
+import signal
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NoReturn
 
 PLUGINS: Final = {
     "1.2.840.10008.1.2.4.50": "gdcm",  # JPEG Baseline
@@ -35,34 +43,86 @@ WIDE_PLUGINS: Final = {"1.2.840.10008.1.2.4.51": "pylibjpeg"}
 """The same for more than 8 bits: JPEG Extended of 12 bits needs pylibjpeg-libjpeg, which is GPL and therefore no
 dependency; where it is not installed, such images are refused."""
 
+HEAD_BYTES: Final = 128
+"""What precedes each frame: JSON, filled up with spaces."""
+
+MESSAGE_BYTES: Final = 256
+READY: Final = b"ready"
+
+PR_SET_PDEATHSIG: Final = 1
+"""Of prctl(2)."""
+
 
 def main() -> None:
-    """Serve requests until standard input ends."""
-    limit_memory(int(sys.argv[1]))
-    out = os.fdopen(os.dup(1), "wb")
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)  # decoders print what they please: only answers may go out
-    os.dup2(quiet, 2)
-    warnings.simplefilter("ignore")
-    out.write(json.dumps({"ready": prepare()}).encode() + b"\n")
-    out.flush()
-    for line in sys.stdin.buffer:
-        answer(json.loads(line), out)
+    """Fork workers until the caller closes its end. Arguments: the socket, and bytes of address space for each."""
+    with socket.socket(fileno=int(sys.argv[1])) as control:
+        limit_memory(int(sys.argv[2]))
+        warnings.simplefilter("ignore")
+        prepare()
+        control.send(READY)
+        serve_caller(control)
 
 
 def limit_memory(count: int) -> None:
-    """Let this process have `count` bytes of address space, and dump no core."""
-    import resource
-
+    """Let this process, and what it forks, have `count` bytes of address space, and dump no core."""
     resource.setrlimit(resource.RLIMIT_AS, (count, count))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def prepare() -> bool:
-    """Import what decoding needs, so that a broken installation shows before a frame does."""
-    import pydicom.pixels
+def prepare() -> None:
+    """Import what decoding needs: once for all workers, and a broken installation shows before a frame does."""
+    import pydicom.pixels  # noqa: F401
 
-    return bool(pydicom.pixels)
+    import dints_deploy.dicom.bounded  # noqa: F401
+
+
+def serve_caller(control: socket.socket) -> NoReturn:
+    """Start and stop workers as the caller says; end with all of them where there is no caller any more."""
+    workers: set[int] = set()
+    while True:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 1)
+            if not message:
+                break
+            request = json.loads(message)
+            control.send(json.dumps({"pid": _answer_caller(request, descriptors, workers, control)}).encode())
+        except OSError:
+            break
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    os._exit(0)  # nothing to tidy up, and the interpreter takes its time
+
+
+def _answer_caller(request: dict[str, Any], descriptors: list[int], workers: set[int], control: socket.socket) -> int:
+    """Return the process that was started or stopped, 0 where none could be."""
+    if stopped := request.get("stop"):
+        if stopped in workers:  # not yet buried, so that its number is still its own
+            os.kill(stopped, signal.SIGKILL)
+            os.waitpid(stopped, 0)
+            workers.remove(stopped)
+        return int(stopped)
+    try:
+        worker = os.fork()
+    except OSError:
+        worker = 0
+    else:
+        if worker == 0:
+            control.close()
+            work(descriptors[0])
+        workers.add(worker)
+    os.close(descriptors[0])
+    return worker
+
+
+def work(descriptor: int) -> NoReturn:
+    """Serve requests on a socket until the caller closes it; die with the process that forked this one."""
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with socket.socket(fileno=descriptor) as caller, caller.makefile("rb") as lines, caller.makefile("wb") as out:
+            for line in lines:
+                answer(json.loads(line), out)
+    finally:
+        os._exit(0)
 
 
 def answer(request: dict[str, Any], out: BinaryIO) -> None:
@@ -71,12 +131,16 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
 
     try:
         for frame in frames(request):
-            head = json.dumps({"dtype": frame.dtype.str, "bytes": frame.nbytes})
-            out.write(head.encode() + b"\n")
+            out.write(head(dtype=frame.dtype.str, bytes=frame.nbytes))
             out.write(frame.data)
     except (*INVALID_FILE, RuntimeError, ImportError) as error:
-        out.write(json.dumps({"error": type(error).__name__}).encode() + b"\n")
+        out.write(head(error=type(error).__name__))
     out.flush()
+
+
+def head(**fields: Any) -> bytes:
+    """Return what precedes a frame."""
+    return json.dumps(fields).encode().ljust(HEAD_BYTES)
 
 
 def frames(request: dict[str, Any]) -> Iterator[Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import queue
-import select
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Self
@@ -18,32 +18,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits
+from dints_deploy.dicom.decoder import HEAD_BYTES, MESSAGE_BYTES, READY
 from dints_deploy.dicom.header import SliceHeader
 from dints_deploy.errors import DintsError, ScanRefused
 
 Frame = NDArray[np.signedinteger[Any] | np.unsignedinteger[Any]]
 """Stored values (rows, columns) of one frame."""
 
-LINE_BYTES: Final = 4096
-CHUNK_BYTES: Final = 1 << 20
 AGAIN: Final = "send the file again"
 STARTING_SECONDS: Final = 120.0
-"""How long a process may take to start."""
+"""How long the first process may take to start."""
 
 
 class Decoders:
     """A few decoding processes, started when first needed, shared by any number of threads.
 
-    Use as a context manager; a daemon keeps one for its life.
+    Use as a context manager; it costs nothing where nothing is compressed.
 
     Args:
-        count: how many processes may run at once.
+        count: how many processes may decode at once.
     """
 
     def __init__(self, count: int | None = None, *, limits: Limits = DEFAULT_LIMITS) -> None:
         self.count = max(1, len(os.sched_getaffinity(0)) if count is None else count)
         self.limits = limits
-        self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        self._nursery = _Nursery(limits)
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(self.count):
             self._idle.put(None)  # started when first needed
 
@@ -51,10 +51,15 @@ class Decoders:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in [self._idle.get() for _ in range(self.count)]:  # waits for those at work
-            if process is not None:
-                process.stop()
+        for worker in [self._idle.get() for _ in range(self.count)]:  # waits for those at work
+            if worker is not None:
+                worker.stop()
             self._idle.put(None)
+        self._nursery.close()
+
+    def start(self) -> None:
+        """Begin to start, without waiting: who knows that compressed pixels will come loses no time over it later."""
+        self._nursery.start()
 
     def frames(self, headers: Sequence[SliceHeader]) -> Iterator[Frame]:
         """Yield the stored values of planes of one compressed file.
@@ -64,47 +69,128 @@ class Decoders:
                 takes longer than the limit.
             DintsError: `dicom-decoder` where no decoding process starts.
         """
-        process = self._idle.get()
+        worker = self._idle.get()
         healthy = False
         try:
-            process = process or _Process(self.limits)
-            yield from process.frames(headers)
+            worker = worker or _Worker(self._nursery)
+            yield from worker.frames(headers)
             healthy = True
         finally:
-            if process is not None and not healthy:
-                process.stop()
-            self._idle.put(process if healthy else None)
+            if worker is not None and not healthy:
+                worker.stop()
+            self._idle.put(worker if healthy else None)
 
 
-class _Process:
-    """One decoding process."""
+class _Nursery:
+    """The process that forks the workers: what they import takes longer than many a series, and is imported once."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "dints_deploy.dicom.decoder", str(limits.decoder_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-        )
-        with contextlib.suppress(OSError):  # a wider pipe means fewer switches; the default works too
-            fcntl.fcntl(self.popen.stdout or -1, fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
+        self._lock = threading.Lock()
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        """Start the process where there is none, or none any more; what hinders it shows when it is needed."""
+        with self._lock:
+            try:
+                self._running()
+            except OSError:
+                self._forget()
+
+    def fork(self, end: socket.socket) -> int:
+        """Return the process of a new worker that serves `end` of a connection.
+
+        Raises:
+            DintsError: `dicom-decoder`.
+        """
+        return self._exchange({"start": True}, [end.fileno()])
+
+    def stop(self, worker: int) -> None:
+        """End a worker; where the nursery itself is gone, so are its workers."""
+        with contextlib.suppress(DintsError):
+            self._exchange({"stop": worker}, [])
+
+    def close(self) -> None:
+        """End the process, and with it what it forked."""
+        with self._lock:
+            self._forget()
+
+    def _exchange(self, message: dict[str, Any], descriptors: list[int]) -> int:
+        with self._lock:
+            control = self._running()
+            try:
+                socket.send_fds(control, [json.dumps(message).encode()], descriptors)
+                answer = self._receive(control)
+                while answer == READY:
+                    answer = self._receive(control)
+                worker = int(json.loads(answer)["pid"])
+            except (OSError, EOFError, ValueError):  # it ended, or said nothing for too long
+                ended = self._forget(patience_s=1.0)
+                found = f"expected a decoding process to start, found that it ended ({ended}): see doctor"
+                raise DintsError("dicom-decoder", found) from None
+        if not worker:
+            raise DintsError("dicom-decoder", "expected a decoding process, found none left: end other programs")
+        return worker
+
+    def _running(self) -> socket.socket:
+        """Return the way to the process, started if need be."""
+        if self._popen is not None and self._popen.poll() is not None:
+            self._forget()
+        if self._control is None:
+            self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._control.settimeout(STARTING_SECONDS)
+            arguments = str(other.fileno()), str(self.limits.decoder_bytes)
+            with other:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "dints_deploy.dicom.decoder", *arguments],
+                    stdin=subprocess.DEVNULL,  # decoders print what they please
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[other.fileno()],
+                    env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                )
+        return self._control
+
+    @staticmethod
+    def _receive(control: socket.socket) -> bytes:
+        answer = control.recv(MESSAGE_BYTES)
+        if not answer:
+            raise EOFError
+        return answer
+
+    def _forget(self, *, patience_s: float = 0.0) -> int | None:
+        """End the process, which its workers die with, and return its exit code."""
+        popen, self._popen = self._popen, None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if popen is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            popen.wait(timeout=patience_s)
+        popen.kill()
+        return popen.wait()
+
+
+class _Worker:
+    """One process that decodes, and the connection to it."""
+
+    def __init__(self, nursery: _Nursery) -> None:
+        self.nursery = nursery
+        self.limits = nursery.limits
+        self.connection, end = socket.socketpair()
         try:
-            self._line(time.monotonic() + STARTING_SECONDS)
-        except ScanRefused as refused:
-            self.stop()
-            found = f"expected a decoding process to start, found that it ended ({self.popen.returncode}): see doctor"
-            raise DintsError("dicom-decoder", found) from refused
+            with end:
+                self.pid = nursery.fork(end)
+        except DintsError:
+            self.connection.close()
+            raise
 
     def stop(self) -> None:
-        """Kill the process and wait for its end."""
-        self.popen.kill()
-        for pipe in (self.popen.stdin, self.popen.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self.popen.wait()
+        """End the process, whatever it does."""
+        self.connection.close()
+        self.nursery.stop(self.pid)
 
     def frames(self, headers: Sequence[SliceHeader]) -> Iterator[Frame]:
         """Ask for planes of one file and yield them."""
@@ -112,7 +198,7 @@ class _Process:
         self._ask(_request(headers))
         for _ in headers:
             deadline = time.monotonic() + self.limits.frame_seconds
-            head = json.loads(self._line(deadline))
+            head = _head(self._exactly(HEAD_BYTES, deadline))
             if "error" in head:
                 if head["error"] == "ImportError":
                     bits = f"{layout.BitsStored} bits in {layout.TransferSyntaxUID}"
@@ -124,40 +210,43 @@ class _Process:
             yield np.frombuffer(data, dtype=head["dtype"]).reshape(layout.Rows, layout.Columns)
 
     def _ask(self, request: dict[str, Any]) -> None:
-        stdin = self.popen.stdin
+        self.connection.settimeout(self.limits.frame_seconds or None)
         try:
-            if stdin is not None:
-                stdin.write(json.dumps(request).encode() + b"\n")
-                stdin.flush()
+            self.connection.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
             raise _crashed() from error
 
-    def _line(self, deadline: float) -> bytes:
-        """Return one answer line; answers are short, so a byte at a time costs nothing against a frame."""
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self._exactly(1, deadline)
-            if len(line) > LINE_BYTES:
-                raise _crashed()
-        return line
-
     def _exactly(self, count: int, deadline: float) -> bytearray:
         """Return `count` bytes of the answer, by `deadline`."""
-        stdout = self.popen.stdout
         data = bytearray(count)
         view, at = memoryview(data), 0
-        while at < count and stdout is not None:
-            ready, _, _ = select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                limit = self.limits.frame_seconds
-                raise ScanRefused(
-                    "dicom-pixels", f"expected a frame within {limit:g} s, found none: the file is damaged"
-                )
-            got = os.readv(stdout.fileno(), [view[at : at + CHUNK_BYTES]])
+        while at < count:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._late()
+            self.connection.settimeout(left)
+            try:
+                got = self.connection.recv_into(view[at:])
+            except TimeoutError:
+                raise self._late() from None
+            except OSError as error:
+                raise _crashed() from error
             if got == 0:
                 raise _crashed()
             at += got
         return data
+
+    def _late(self) -> ScanRefused:
+        limit = self.limits.frame_seconds
+        return ScanRefused("dicom-pixels", f"expected a frame within {limit:g} s, found none: the file is damaged")
+
+
+def _head(data: bytearray) -> dict[str, Any]:
+    try:
+        head: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise _crashed() from error
+    return head
 
 
 def _crashed() -> ScanRefused:

@@ -17,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.header import Plane
-from dints_deploy.dicom.pixels import decode
 from dints_deploy.dicom.read import DicomVolume
 from dints_deploy.dicom.readback import rtstruct_polygons
 
@@ -143,17 +141,13 @@ def content_digest(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def input_digest(volume: DicomVolume, *, decoders: Decoders | None = None) -> str:
+def input_digest(volume: DicomVolume) -> str:
     """Return the digest of a source: instance, frame, geometry and modality values of its planes in order.
 
     It does not depend on the files' transfer syntax or other attributes, nor on what was regularised: a series fetched
     from an archive again has the same digest.
     """
-    if volume.regularised:
-        values = decode([plane.header for plane in volume.planes], decoders=decoders)
-    else:
-        values = volume.volume.data[0].transpose(2, 1, 0)  # (K, J, I): planes, rows, columns
-    return planes_digest(volume.planes, values)
+    return planes_digest(volume.planes, volume.source_values())
 
 
 def planes_digest(planes: Sequence[Plane], values: NDArray[np.float32]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -32,17 +33,27 @@ class DicomVolume:
         report: what the gate found; `report.planes` are the source's planes in order along the normal.
         series: where it came from.
         regularised: whether the grid is not the source's own.
+        decoders: processes that its compressed pixels can be read with again; None to start some for it.
     """
 
     volume: Volume
     report: GeometryReport
     series: Series
     regularised: bool
+    decoders: Decoders | None = None
 
     @property
     def planes(self) -> tuple[Plane, ...]:
         """Return the source's planes in order along the normal, duplicates included."""
         return self.report.planes
+
+    def source_values(self, places: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Return modality values (planes, rows, columns) of all or some of `planes`: the source's, never resampled."""
+        if self.regularised:
+            chosen = range(len(self.planes)) if places is None else places
+            return decode([self.planes[place].header for place in chosen], decoders=self.decoders)
+        values: NDArray[np.float32] = self.volume.data[0].transpose(2, 1, 0)
+        return values if places is None else values[list(places)]
 
     def to_source(self, labels: NDArray[Scalar]) -> list[NDArray[Scalar]]:
         """Bring a label map (I, J, K) on the volume's grid to each of `planes`: (rows, columns) each, nearest voxel.
@@ -87,7 +98,7 @@ def read_series(
     except ScanRefused as refused:
         raise ScanRefused(refused.code, f"series {series.label}: {refused.message}") from refused
     data = stack.transpose(2, 1, 0)[np.newaxis]  # (1, I, J, K)
-    return DicomVolume(Volume(data, grid.affine), report, series, regularised=bool(regularising))
+    return DicomVolume(Volume(data, grid.affine), report, series, bool(regularising), decoders)
 
 
 def report_on(series: Series, *, policy: Policy = STRICT) -> GeometryReport:

@@ -16,7 +16,6 @@ from pydicom.dataset import Dataset
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.dicom.attributes import Attributes
 from dints_deploy.dicom.bounded import quiet, read_header
-from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.header import Plane
 from dints_deploy.dicom.instance import Instance
 from dints_deploy.dicom.provenance import Provenance, input_digest, mask_digest, provenance_of
@@ -108,7 +107,6 @@ def dicom_result(
     when: datetime,
     segmentation_type: SegmentationType = "BINARY",
     supersedes: tuple[Instance, ...] = (),
-    decoders: Decoders | None = None,
 ) -> DicomResult:
     """Bring a label map back to the planes of its source and describe it.
 
@@ -119,7 +117,6 @@ def dicom_result(
         volumes_ml: label id -> millilitres, as measured on `labels`.
         when: date and time of the objects.
         supersedes: the objects of the result that this one replaces.
-        decoders: processes for compressed pixels, needed again only where the source was regularised.
 
     Raises:
         OutputError: `output-object` where the source lacks the SOPInstanceUIDs that objects refer to, or the mask has
@@ -129,7 +126,7 @@ def dicom_result(
     if not all(plane.header.SOPInstanceUID for plane in source.planes):
         raise OutputError("output-object", "expected SOPInstanceUIDs in the source, found none: write NIfTI instead")
     segments = np.stack(source.to_source(_segment_numbers(labels, entry)))  # (planes, rows, columns)
-    inputs = [input_digest(volume, decoders=decoders) for volume in volumes]
+    inputs = [input_digest(volume) for volume in volumes]
     provenance = provenance_of(record, input_sha256=inputs, mask_sha256=mask_digest(_named(source, segments)))
     with quiet():
         header = read_header(source.planes[0].header.path).dataset

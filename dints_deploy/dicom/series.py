@@ -12,7 +12,16 @@ from pathlib import Path
 
 from dints_deploy.dicom.archive import is_zip, unpack
 from dints_deploy.dicom.attributes import Attributes
-from dints_deploy.dicom.bounded import DEFAULT_LIMITS, Limits, RawHeader, open_regular, quiet, read_header
+from dints_deploy.dicom.bounded import (
+    DEFAULT_LIMITS,
+    UNDEFINED_LENGTH,
+    Limits,
+    RawHeader,
+    open_regular,
+    quiet,
+    read_header,
+)
+from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.findings import Finding, Severity, finding
 from dints_deploy.dicom.header import SliceHeader
 from dints_deploy.dicom.parse import CLASS_KEYS, parse
@@ -69,10 +78,13 @@ class Study:
     Attributes:
         series: by series number, then label.
         findings: files that belong to no series, and why.
+        decoders: processes for compressed pixels that live as long as the source is open; None where it is up to the
+            reader to start some.
     """
 
     series: tuple[Series, ...]
     findings: tuple[Finding, ...] = ()
+    decoders: Decoders | None = None
 
 
 @dataclass
@@ -93,17 +105,31 @@ def short_hash(uid: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(source: Path | Sequence[Path], *, limits: Limits = DEFAULT_LIMITS) -> Iterator[Study]:
-    """Collect `source`; what a zip unpacks to is removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="dints-deploy-") as scratch:
-        yield collect(source, scratch=Path(scratch), limits=limits)
+def opened(
+    source: Path | Sequence[Path], *, limits: Limits = DEFAULT_LIMITS, decoders: Decoders | None = None
+) -> Iterator[Study]:
+    """Collect `source`; at the end, what a zip unpacked to is removed, and the decoding processes stop.
+
+    Args:
+        decoders: processes that outlive this context; without, it has its own.
+    """
+    with tempfile.TemporaryDirectory(prefix="dints-deploy-") as scratch, contextlib.ExitStack() as own:
+        decoders = decoders or own.enter_context(Decoders(limits=limits))
+        yield collect(source, scratch=Path(scratch), limits=limits, decoders=decoders)
 
 
-def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limits: Limits = DEFAULT_LIMITS) -> Study:
+def collect(
+    source: Path | Sequence[Path],
+    *,
+    scratch: Path | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    decoders: Decoders | None = None,
+) -> Study:
     """Group the DICOM files of a folder (links not followed), a zip, one file or a list of files into series.
 
     Args:
         scratch: an empty folder that a zip is unpacked to; it must live as long as the series are read.
+        decoders: processes for compressed pixels, which begin to start with the first file that has some.
 
     Raises:
         ScanRefused: `scan-missing`, `dicom-archive`, `dicom-too-large` for the source as a whole, `dicom-no-images`
@@ -114,7 +140,10 @@ def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limit
     with quiet():
         for path in _files(source, scratch, limits):
             try:
-                _add(groups, path, read_header(path, limits=limits), limits)
+                raw = read_header(path, limits=limits)
+                if decoders is not None and raw.pixel_length == UNDEFINED_LENGTH:
+                    decoders.start()
+                _add(groups, path, raw, limits)
             except ScanRefused as refused:
                 findings.append(_file_finding(refused, path))
     if not groups and not any(item.severity is Severity.REFUSAL for item in findings):
@@ -123,7 +152,7 @@ def collect(source: Path | Sequence[Path], *, scratch: Path | None = None, limit
     damaged += [item for group in groups.values() if not group.slices for item in group.findings if item.code in DAMAGE]
     series = [_close(group, damaged) for group in groups.values()]
     series.sort(key=lambda one: (one.SeriesNumber is None, one.SeriesNumber or 0, one.label))
-    return Study(tuple(series), tuple(findings))
+    return Study(tuple(series), tuple(findings), decoders)
 
 
 def by_study(files: Sequence[Path], *, limits: Limits = DEFAULT_LIMITS) -> list[tuple[Path, ...]]:

@@ -182,10 +182,11 @@ def _against_source(
         named: Planes = {(plane.header.SOPInstanceUID, plane.header.frame): plane for plane in planes}
         if kind == "refusal":
             return
-        digests = [planes_digest(planes, decode([plane.header for plane in planes]))]
+        digests = [planes_digest(planes, decode([plane.header for plane in planes], decoders=study.decoders))]
         if len(provenance.input) > 1:
             others = [_planes(one) for one in study.series if one.slices and one.label != label]
-            digests += [planes_digest(o, decode([plane.header for plane in o])) for o in others if o]
+            for other in filter(None, others):
+                digests.append(planes_digest(other, decode([plane.header for plane in other], decoders=study.decoders)))
         yield Check("input", set(provenance.input) <= set(digests), f"digest {digests[0][:12]}")
         if kind == "seg":
             yield _seg_geometry(written, named)

@@ -19,6 +19,7 @@ from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.accepts import accepting, no_entry
 
 if TYPE_CHECKING:
+    from dints_deploy.dicom.decoders import Decoders
     from dints_deploy.dicom.read import DicomVolume
     from dints_deploy.dicom.series import Study
     from dints_deploy.process.choose import Choice
@@ -81,7 +82,10 @@ def read_source(
 
 
 def open_studies(channels: Mapping[str, Scan], resources: ExitStack) -> dict[str, Study]:
-    """Return channel name -> study of DICOM scans, nothing for NIfTI; `resources` removes what a zip unpacked to.
+    """Return channel name -> study of DICOM scans, nothing for NIfTI.
+
+    Args:
+        resources: removes what a zip unpacked to, and stops the decoding processes.
 
     Raises:
         ScanRefused: of `collect`. UsageError: `usage` where some channels are DICOM and some NIfTI.
@@ -91,9 +95,11 @@ def open_studies(channels: Mapping[str, Scan], resources: ExitStack) -> dict[str
         return {}
     if not all(dicom):
         raise UsageError("usage", "expected all channels of a case as DICOM or all as NIfTI, found both: convert some")
+    from dints_deploy.dicom.decoders import Decoders
     from dints_deploy.dicom.series import opened
 
-    return {name: resources.enter_context(opened(scan)) for name, scan in channels.items()}
+    decoders = resources.enter_context(Decoders())
+    return {name: resources.enter_context(opened(scan, decoders=decoders)) for name, scan in channels.items()}
 
 
 def is_dicom(scan: Scan) -> bool:
@@ -193,13 +199,14 @@ def _from_studies(studies: Mapping[str, Study], candidates: Mapping[str, Entry])
         found = ", ".join(fits) or "none: the zoo is empty"
         raise UsageError("entry-ambiguous", f"expected one entry that takes this study, found {found}: give --model")
     name, choice = next(iter(fits.items()))
-    return _from_choice(choice), candidates[name]
+    decoders = next(iter(studies.values())).decoders
+    return _from_choice(choice, decoders), candidates[name]
 
 
-def _from_choice(choice: Choice) -> Source:
+def _from_choice(choice: Choice, decoders: Decoders | None) -> Source:
     from dints_deploy.dicom.read import read_series
 
-    read = {name: read_series(series, policy=choice.policy) for name, series in choice.series.items()}
+    read = {name: read_series(one, policy=choice.policy, decoders=decoders) for name, one in choice.series.items()}
     digests = {name: _series_digest(series.files) for name, series in choice.series.items()}
     _check_frames(read)
     scan = _stacked({name: volume.volume for name, volume in read.items()})

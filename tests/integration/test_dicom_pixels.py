@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -284,15 +289,56 @@ def test_a_decoder_that_crashes_or_hangs_is_a_refusal_and_is_replaced(tmp_path: 
     headers = compressed(tmp_path)
     with Decoders(1) as own:
         assert decode(headers, decoders=own).shape == (3, 32, 32)
-        process = own._idle.get()
-        assert process is not None
-        process.popen.kill()
-        process.popen.wait()
-        own._idle.put(process)
+        worker = own._idle.get()
+        assert worker is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        own._idle.put(worker)
         assert refused_code(lambda: decode(headers, decoders=own)) == "dicom-pixels"
         assert decode(headers, decoders=own).shape == (3, 32, 32)
     with Decoders(1, limits=Limits(frame_seconds=0.0)) as hasty:
         assert refused_code(lambda: decode(headers, decoders=hasty)) == "dicom-pixels"
+
+
+def test_where_the_process_that_forks_decoders_died_another_is_started(tmp_path: Path) -> None:
+    headers = compressed(tmp_path)
+    with Decoders(2) as own:
+        assert decode(headers, decoders=own).shape == (3, 32, 32)
+        nursery = own._nursery._popen
+        assert nursery is not None
+        nursery.kill()
+        nursery.wait()
+        for _ in range(own.count):  # its workers die with it, soon
+            with contextlib.suppress(ScanRefused):
+                decode(headers, decoders=own)
+        assert decode(headers, decoders=own).shape == (3, 32, 32)
+
+
+CALLER = """
+import sys, time
+from pathlib import Path
+from dints_deploy.dicom.decoders import Decoders
+from dints_deploy.dicom.pixels import decode
+from dints_deploy.dicom.series import collect
+own = Decoders(2)
+decode(collect(Path(sys.argv[1])).series[0].slices, decoders=own)
+workers = [worker.pid for worker in (own._idle.get() for _ in range(2)) if worker]
+print(own._nursery._popen.pid, *workers, flush=True)
+time.sleep(60)
+"""
+
+
+def test_no_decoding_process_outlives_its_caller(tmp_path: Path) -> None:
+    """Not even one that is killed, while its decoder hangs."""
+    compressed(tmp_path, count=4)
+    with subprocess.Popen([sys.executable, "-c", CALLER, tmp_path], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        nursery, *workers = map(int, caller.stdout.readline().split())
+        os.kill(workers[0], signal.SIGSTOP)
+        caller.kill()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{process}").exists() for process in (nursery, *workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [process for process in (nursery, *workers) if Path(f"/proc/{process}").exists()] == []
 
 
 def test_a_decoder_without_memory_to_start_is_no_fault_of_the_scan(tmp_path: Path) -> None:
