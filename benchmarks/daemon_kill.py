@@ -3,10 +3,11 @@
     python -m benchmarks.daemon_kill [--kills 300] [--seed 0] [--keep FOLDER]
 
 Two senders push studies by C-STORE all the time and repeat what was not acknowledged; every third study gets its last
-slice later, in another association, and every fourth is sent twice. Half of the kills hit at a named point of
-`dints_deploy.service.fault` (each in turn), half at random times; a third hits a worker, a third the daemon, the rest
-both at once. Results go to a folder and to a DICOM port. At the end the daemon runs undisturbed until nothing is under
-way, and everything is compared: what was acknowledged, what the database knows, what lies on disk, what arrived.
+slice later, in another association, and every fourth is sent twice. Half of the turns aim at a named point of
+`dints_deploy.service.fault`, the one that was hit least, until each was hit three times; the others kill a worker, the
+daemon or both at a random time. Results go to a folder and to a DICOM port. At the end the daemon runs undisturbed
+until nothing is under way, and everything is compared: what was acknowledged, what the database knows, what lies on
+disk, what arrived.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from dints_deploy.service.retention import orphans
 from tests.daemons import Archive, Site, archive, site, study
 
 IN_WORKER = frozenset({"work-start", "work-inputs", "work-end"})
+EACH = 3
+"""Hits of every named point before a run of many kills may end."""
+
 BACKLOG = 6
 """Studies under way above which the senders wait."""
 
@@ -53,12 +57,14 @@ class Senders:
 
     Attributes:
         whole: key of a study -> SOPInstanceUIDs, all acknowledged; nothing more of it will be sent.
+        purged: keys of studies that were asked to be removed.
     """
 
     site: Site
     folder: Path
     seed: int
     whole: dict[str, frozenset[str]] = field(default_factory=dict)
+    purged: set[str] = field(default_factory=set)
     errors: Counter[str] = field(default_factory=Counter)
     stopping: threading.Event = field(default_factory=threading.Event)
     paused: threading.Event = field(default_factory=threading.Event)
@@ -111,13 +117,19 @@ class Kills:
     """
 
     done: Counter[str] = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(POINTS, 0)))
+
+    def next_point(self, rng: random.Random) -> str:
+        """Return one of the named points that were hit least."""
+        least = min(self.hits.values())
+        return rng.choice([point for point, hits in self.hits.items() if hits == least])
 
     @property
     def total(self) -> int:
         return sum(self.done.values())
 
 
-def run(folder: Path, *, kills: int, seed: int, purges: bool = True) -> dict[str, Any]:
+def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
     """Kill so many times and return the tally; raise `Violation` with the first thing that is not as it must be."""
     rng = random.Random(seed)
     begin = time.monotonic()
@@ -125,17 +137,17 @@ def run(folder: Path, *, kills: int, seed: int, purges: bool = True) -> dict[str
         place = _site(folder, pacs)
         senders = Senders(place, folder / "outbound", seed)
         threads = [threading.Thread(target=senders.run, args=(which, 2), daemon=True) for which in range(2)]
-        done, purged = Kills(), set[str]()
-        points = _points(rng)
+        done = Kills()
+        each = EACH if kills >= EACH * len(POINTS) else 0
         place.start()
         for thread in threads:
             thread.start()
         try:
-            while done.total < kills:
+            while done.total < kills or min(done.hits.values()) < each:
                 _throttle(place, senders)
-                _kill_once(place, rng, points, done)
-                if purges and done.total % 10 == 0:
-                    purged |= _purge_one(place, senders.whole)
+                _kill_once(place, rng, senders, done)
+                if done.total % 10 == 0:
+                    _purge_one(place, senders)
             senders.stopping.set()
             senders.paused.clear()
             _settle(place, threads)
@@ -144,7 +156,7 @@ def run(folder: Path, *, kills: int, seed: int, purges: bool = True) -> dict[str
         finally:
             senders.stopping.set()
             place.stop(signal.SIGKILL)
-        tally = check(place, pacs, senders.whole, purged)
+        tally = check(place, pacs, senders.whole, senders.purged)
     facts = {"seed": seed, "kills": done.total, **dict(sorted(done.done.items()))}
     times = {"seconds": round(time.monotonic() - begin), "sends that had to be repeated": sum(senders.errors.values())}
     return facts | tally | times
@@ -166,13 +178,6 @@ def _site(folder: Path, pacs: Archive) -> Site:
     return place
 
 
-def _points(rng: random.Random) -> list[str]:
-    """Return the named points in an order of their own, again and again from its end."""
-    points = [point for point in POINTS if point != "purge-rows"]
-    rng.shuffle(points)
-    return points
-
-
 def _throttle(place: Site, senders: Senders) -> None:
     """Let the senders wait while the daemon has enough to do."""
     states = place.states()
@@ -180,11 +185,12 @@ def _throttle(place: Site, senders: Senders) -> None:
     (senders.paused.set if under_way > BACKLOG else senders.paused.clear)()
 
 
-def _kill_once(place: Site, rng: random.Random, points: list[str], done: Kills) -> None:
+def _kill_once(place: Site, rng: random.Random, senders: Senders, done: Kills) -> None:
     if rng.random() < 0.5:
-        point = points.pop(0)
-        points.append(point)
-        _kill_at(place, point, rng.randint(1, 3), done)
+        point = done.next_point(rng)
+        if point == "purge-rows" and not _purge_one(place, senders):
+            return
+        _kill_at(place, point, rng.randint(1, 3) if done.hits[point] else 1, done)
         return
     time.sleep(rng.uniform(0.0, 1.2))
     victim = rng.choice(("daemon", "worker", "both"))
@@ -215,6 +221,7 @@ def _kill_at(place: Site, point: str, nth: int, done: Kills) -> None:
     hit = _workers_ended(place.log, size) > 0 if where == "worker" else process.poll() is not None
     if hit:
         done.done[f"{where}, at {point}"] += 1
+        done.hits[point] += 1
     if process.poll() is None:
         place.stop(signal.SIGKILL)
         done.done["daemon, at a random time"] += 1
@@ -228,21 +235,21 @@ def _workers_ended(log: Path, offset: int) -> int:
         return file.read().count(b'"worker_ended"')
 
 
-def _purge_one(place: Site, whole: dict[str, frozenset[str]]) -> set[str]:
-    """Ask for one finished study to be removed, and return its key."""
+def _purge_one(place: Site, senders: Senders) -> bool:
+    """Ask for one finished study to be removed; say whether there was one."""
     rows = place.rows(
         "SELECT s.key, max(j.id) FROM study s JOIN job j ON j.study_id = s.id WHERE s.state = 'complete'"
         " AND NOT s.purge GROUP BY s.id HAVING sum(j.state NOT IN ('done', 'superseded')) = 0 ORDER BY s.id"
     )
-    rows = [row for row in rows if row[0] in whole]
-    if not rows:
-        return set()
-    store = open_existing(place.data_dir)
-    try:
-        mark_purged(store, rows[0][1])
-    finally:
-        store.close()
-    return {rows[0][0]}
+    rows = [row for row in rows if row[0] in senders.whole]
+    if rows:
+        store = open_existing(place.data_dir)
+        try:
+            mark_purged(store, rows[0][1])
+        finally:
+            store.close()
+        senders.purged.add(rows[0][0])
+    return bool(rows)
 
 
 def _settle(place: Site, threads: list[threading.Thread]) -> None:

@@ -17,6 +17,7 @@ from dints_deploy.dicom.network import Commitments, Remote
 from dints_deploy.service.intake import DurableIntake, Room
 from dints_deploy.service.model import Intake
 from dints_deploy.service.receive import Receiver
+from dints_deploy.service.retention import make_folders
 from dints_deploy.service.store import Store, open_store
 from tests.peers import free_port, needs
 
@@ -57,7 +58,7 @@ def receiving(
 ) -> Iterator[Appliance]:
     """Open a port until the end of the block; `listener` are fields of its configuration."""
     data_dir = folder / "data"
-    (data_dir / "incoming").mkdir(parents=True)
+    make_folders(data_dir)
     store = open_store(data_dir)
     receiver = Receiver(intake or DurableIntake(store, data_dir, room or Room()), data_dir / "incoming", Commitments())
     port = free_port()

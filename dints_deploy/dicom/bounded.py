@@ -140,7 +140,7 @@ def read_header(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> RawHeader:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        for window in (256 << 10, 8 << 20, limits.header_bytes):
+        for window in (32 << 10, 1 << 20, limits.header_bytes):
             file.seek(0)
             start = file.read(min(window, limits.header_bytes))
             whole = len(start) == size

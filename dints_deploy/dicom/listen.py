@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import select
 import socket
 import ssl
 import threading
@@ -28,7 +27,8 @@ from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification, uid_to_service_class
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
-from dints_deploy.dicom.network import ClosingSocket, reported, settle_library
+from dints_deploy.dicom.network import reported, settle_library
+from dints_deploy.dicom.pdata import POLL_SECONDS, BoundedSocket, Reader
 from dints_deploy.dicom.reception import Bounds, Peer, Reception
 from dints_deploy.dicom.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dints_deploy.dicom.storing import Storing
@@ -43,9 +43,6 @@ NEGOTIATION_BYTES: Final = 1 << 20
 
 SPARE_CONNECTIONS: Final = 8
 """Connections over the limit that are still told so; more are closed without a word."""
-
-POLL_SECONDS: Final = 0.01
-"""How long an association rests before it looks again whether there is something to do; data wakes it at once."""
 
 
 class Listening:
@@ -179,9 +176,10 @@ class _Accepted(Association):  # type: ignore[misc]
         certified = isinstance(connection, ssl.SSLSocket) and bool(connection.getpeercert())
         self.peer = Peer(secrets.token_hex(8), address, certified=certified)
         self.dimse = self.storing = Storing(self, server.reception, server.folder, server.bounds.object_bytes)
+        self.dul = Reader(self, self.storing.take)
+        self.acse_timeout, self.network_timeout = entity.acse_timeout, entity.network_timeout  # its timers are new
         self._reactor_checkpoint = _Rest()
-        self.dul.daemon = True  # an open association must not keep a process alive that was told to end
-        self.set_socket(_BoundedSocket(self, connection, max(server.bounds.pdu_bytes, NEGOTIATION_BYTES)))
+        self.set_socket(BoundedSocket(self, connection, max(server.bounds.pdu_bytes, NEGOTIATION_BYTES)))
 
     def run_reactor(self) -> None:
         """Serve the association, and tell its end whatever that is."""
@@ -206,43 +204,6 @@ class _Rest(threading.Event):
         going = super().wait(timeout)
         time.sleep(POLL_SECONDS)
         return going
-
-
-class _BoundedSocket(ClosingSocket):
-    """Reads whole PDUs, and no larger ones than allowed: a header may claim 4 GiB."""
-
-    def __init__(self, association: Association, connection: socket.socket, limit_bytes: int) -> None:
-        super().__init__(association, client_socket=connection)
-        self._limit = limit_bytes
-
-    @property
-    def ready(self) -> bool:
-        """Wait a little for something to read; the library asks all the time."""
-        if self.socket is None or not self._is_connected:
-            return False
-        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
-            return True
-        try:
-            return bool(select.select([self.socket], [], [], POLL_SECONDS)[0])
-        except (OSError, ValueError):
-            self.event_queue.put("Evt17")  # PS3.8 9.2: the transport connection is closed
-            return False
-
-    def recv(self, nr_bytes: int) -> bytearray:
-        """Read `nr_bytes`, less where the peer closes; raise `OSError` where that is more than allowed."""
-        if nr_bytes > self._limit:
-            raise OSError(f"expected a PDU of at most {self._limit} bytes, found {nr_bytes}")
-        data = bytearray(nr_bytes)
-        view, done = memoryview(data), 0
-        while done < nr_bytes:
-            # A sender that waits for our acknowledgement of a small PDU (Nagle) would wait 40 ms for it; the kernel
-            # forgets the wish after each time.
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            count = self.socket.recv_into(view[done:])
-            if not count:
-                return data[:done]
-            done += count
-        return data
 
 
 def _negotiate(event: evt.Event) -> None:

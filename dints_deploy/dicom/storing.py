@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.dimse_messages import C_STORE_RQ
+from pynetdicom.pdu_primitives import P_DATA
 
 from dints_deploy.dicom.reception import Reception
 from dints_deploy.dicom.spool import Incoming, Spool
@@ -22,40 +23,83 @@ PROCESSING_FAILURE: Final = 0x0110
 COMMAND, LAST = 1, 2
 """Bits of a fragment's message control header (PS3.8 E.2)."""
 
+COMMAND_BYTES: Final = 64 << 10
+"""Of a command set; a C-STORE request has less than two hundred."""
+
+ELEMENT: Final = struct.Struct("<HHL")
+STORE_RQ, NO_DATA_SET = b"\x01\x00", b"\x01\x01"
+"""Values of CommandField and CommandDataSetType (PS3.7 E.1)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A C-STORE request (PS3.7 9.3.1.1)."""
+
+    SOPClassUID: str
+    SOPInstanceUID: str
+    MessageID: int
+
 
 class Storing(DIMSEServiceProvider):  # type: ignore[misc]  # the library has no types
     """Takes C-STORE requests itself: their data sets go to files, and an answer goes out. The rest is the library's."""
-
-    message: Any
 
     def __init__(self, association: Any, reception: Reception, folder: Path, limit_bytes: int) -> None:
         super().__init__(association)
         self._association, self._reception = association, reception
         self._folder, self._limit = folder, limit_bytes
-        self._spool: Spool | None = None
+        self._command = bytearray()
+        self._request: tuple[int, Request, Spool] | None = None
 
     def receive_primitive(self, primitive: Any) -> None:
-        """Take the fragments of one P-DATA in their order."""
+        """Take the fragments of one P-DATA that the library read, in their order."""
         for context_id, data in list(primitive.presentation_data_value_list):
-            context = self._association._accepted_cx.get(context_id)
-            if isinstance(self.message, C_STORE_RQ) and not data[0] & COMMAND and context is not None:
-                self._take(context, data)
-            else:
-                primitive.presentation_data_value_list = [[context_id, data]]
-                super().receive_primitive(primitive)
+            self.take(context_id, memoryview(data))
 
-    def _take(self, context: Any, data: bytes) -> None:
-        """Take a fragment of an object; answer the request after the last one."""
-        command = self.message.command_set
-        uids = (str(command.get("AffectedSOPClassUID", "")), str(command.get("AffectedSOPInstanceUID", "")))
-        if self._spool is None:
-            self._spool = Spool(self._folder, *uids, context.transfer_syntax[0], limit_bytes=self._limit)
-        self._spool.write(memoryview(data)[1:])
-        if not data[0] & LAST:
+    def take(self, context_id: int, fragment: memoryview) -> None:
+        """Take a fragment: its message control header (PS3.8 E.2), then a piece of a command or of a data set.
+
+        Raises:
+            ValueError: it does not belong to what came before.
+        """
+        control, value = fragment[0], fragment[1:]
+        if self._request is not None:
+            of_request, request, spool = self._request
+            if control & COMMAND or context_id != of_request:
+                raise ValueError("expected the data set of the request, found another fragment")
+            spool.write(value)
+            if control & LAST:
+                self._answer(context_id, request, spool)
+        elif control & COMMAND:
+            self._take_command(context_id, value, last=bool(control & LAST))
+        else:
+            self._pass_on(context_id, control, value)
+
+    def _take_command(self, context_id: int, value: memoryview, *, last: bool) -> None:
+        """Gather a command set; begin with a request to store, leave other commands to the library."""
+        self._command += value
+        if len(self._command) > COMMAND_BYTES:
+            raise ValueError(f"expected a command set of at most {COMMAND_BYTES} bytes, found a larger one")
+        if not last:
             return
-        status = self._store(self._spool)
-        self._spool = self.message = None
-        self._association.dul.socket.send(store_answer(context.context_id, *uids, command.MessageID, status))
+        command, self._command = bytes(self._command), bytearray()
+        context = self._association._accepted_cx.get(context_id)
+        request = store_request(command)
+        if context is None or request is None:
+            self._pass_on(context_id, COMMAND | LAST, command)
+            return
+        syntax = context.transfer_syntax[0]
+        uids = (request.SOPClassUID, request.SOPInstanceUID, syntax)
+        self._request = (context_id, request, Spool(self._folder, *uids, limit_bytes=self._limit))
+
+    def _pass_on(self, context_id: int, control: int, value: bytes | memoryview) -> None:
+        primitive = P_DATA()
+        primitive.presentation_data_value_list = [[context_id, bytes((control,)) + value]]
+        super().receive_primitive(primitive)
+
+    def _answer(self, context_id: int, request: Request, spool: Spool) -> None:
+        status = self._store(spool)
+        self._request = None
+        self._association.dul.socket.send(store_answer(context_id, request, status))
 
     def _store(self, spool: Spool) -> int:
         """Return the status that the reception gives to an object."""
@@ -73,23 +117,39 @@ class Storing(DIMSEServiceProvider):  # type: ignore[misc]  # the library has no
 
     def discard(self) -> None:
         """Remove what came in of an object that will not be whole."""
-        if self._spool is not None:
-            self._spool.discard()
+        if self._request is not None:
+            self._request[2].discard()
 
 
-def store_answer(context_id: int, sop_class: str, sop_instance: str, message_id: int, status: int) -> bytes:
+def store_request(command: bytes) -> Request | None:
+    """Return what a command set (PS3.7 6.3.1) asks for where it is a C-STORE request with a data set, else None."""
+    elements: dict[int, bytes] = {}
+    offset = 0
+    while offset + ELEMENT.size <= len(command):
+        group, element, length = ELEMENT.unpack_from(command, offset)
+        offset += ELEMENT.size + length
+        if group == 0:
+            elements[element] = command[offset - length : offset]
+    whole = offset == len(command) and all(len(elements.get(one, b"")) == 2 for one in (0x0100, 0x0110, 0x0800))
+    if not whole or elements[0x0100] != STORE_RQ or elements[0x0800] == NO_DATA_SET:
+        return None
+    uids = [elements.get(one, b"").decode("ascii", "replace").rstrip("\0 ") for one in (0x0002, 0x1000)]
+    return Request(uids[0], uids[1], int.from_bytes(elements[0x0110], "little"))
+
+
+def store_answer(context_id: int, request: Request, status: int) -> bytes:
     """Return the P-DATA-TF PDU (PS3.8 9.3.5) of a C-STORE response (PS3.7 9.3.1.2).
 
     Written out here, as the library's way costs as much as reading the header of the object.
     """
     command = b"".join(
         (
-            _element(0x0002, sop_class.encode()),
+            _element(0x0002, request.SOPClassUID.encode("ascii", "replace")),
             _element(0x0100, struct.pack("<H", 0x8001)),
-            _element(0x0120, struct.pack("<H", message_id)),
-            _element(0x0800, struct.pack("<H", 0x0101)),  # no data set follows
+            _element(0x0120, struct.pack("<H", request.MessageID)),
+            _element(0x0800, NO_DATA_SET),
             _element(0x0900, struct.pack("<H", status)),
-            _element(0x1000, sop_instance.encode()),
+            _element(0x1000, request.SOPInstanceUID.encode("ascii", "replace")),
         )
     )
     command = _element(0x0000, struct.pack("<L", len(command))) + command
@@ -100,4 +160,4 @@ def store_answer(context_id: int, sop_class: str, sop_instance: str, message_id:
 def _element(element: int, value: bytes) -> bytes:
     """Return an element of a command set: Implicit VR Little Endian, padded to even length (PS3.7 6.3.1)."""
     value += b"\0" * (len(value) % 2)
-    return struct.pack("<HHL", 0, element, len(value)) + value
+    return ELEMENT.pack(0, element, len(value)) + value

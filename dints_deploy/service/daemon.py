@@ -30,7 +30,7 @@ from dints_deploy.service.health import serve
 from dints_deploy.service.intake import INCOMING, DurableIntake, Room
 from dints_deploy.service.log import configure
 from dints_deploy.service.model import Snapshot
-from dints_deploy.service.notify import notify, watchdog_seconds
+from dints_deploy.service.notify import notify, starting, watchdog_seconds
 from dints_deploy.service.outbox import deliver_next
 from dints_deploy.service.parts import Part
 from dints_deploy.service.perform import Performer
@@ -82,7 +82,8 @@ class Daemon:
         """Run until SIGTERM or SIGINT; raise `ServiceError` `daemon-thread` where a part failed."""
         with ExitStack() as resources:
             with self._signals():
-                self._startup(resources)
+                with starting():
+                    self._startup(resources)
                 notify("READY=1")
                 LOGGER.info("the daemon is ready", extra={"action": "ready", "pid": os.getpid()})
                 self._main_loop()

@@ -1,6 +1,6 @@
 """Make what comes in durable: the object under its digest, then its row; only then does `accept` return.
 
-Threads that call at the same time share one transaction: whoever gets the turn commits for all that wait.
+Threads that call at the same time share one transaction: whoever gets the turn commits the rows of all that wait.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from dints_deploy.dicom.instance import Instance
 from dints_deploy.errors import DintsError, IntakeRefused, OutputError
-from dints_deploy.files import output_error, sync_folder
 from dints_deploy.service.audit import record
 from dints_deploy.service.fault import reach
 from dints_deploy.service.model import Accepted, Received
+from dints_deploy.service.objects import Objects
 from dints_deploy.service.store import Store
 
 LOGGER: Final = logging.getLogger(__name__)
 
-OBJECTS: Final = "objects"
 INCOMING: Final = "incoming"
 SHORT: Final = 10
 """Characters of a study's name in messages and logs."""
@@ -88,34 +87,41 @@ class DurableIntake:
         self._waiting: list[_Ticket] = []
         self._over: list[tuple[str, str]] = []
         self._lock, self._turn = threading.Lock(), threading.Lock()
-        self._held_bytes = _held(store)
+        self._objects = Objects(data_dir, _held(store))
         self._looked_s, self._free_bytes = 0.0, 0
         self._counts: Counter[str] = Counter()
-        self._taken_bytes = 0
+        self._taken_bytes = self._coming_bytes = 0
 
     def accept(self, received: Received) -> Accepted:
         """Return once file and row are durable; see `model.Intake`."""
-        ticket = _Ticket(received)
         try:
-            self._check_room(received.size_bytes)
-            _sync(received.path)
-            reach("intake-synced")
-            with self._lock:
-                self._waiting.append(ticket)
-            with self._turn:
-                if ticket.answer is None:
-                    self._commit_waiting()
+            with self._objects.kept(received.sha256):
+                with self._room_for(received.size_bytes):
+                    self._objects.place(received.path, received.sha256)
+                reach("intake-placed")
+                answer = self._committed(_Ticket(received))
             reach("intake-committed")
-            if isinstance(ticket.answer, Accepted):
-                return ticket.answer
-            raise ticket.answer or AssertionError("a ticket without an answer")
+            return answer
         except DintsError:
             with self._lock:
                 self._counts["refused"] += 1
+            with contextlib.suppress(DintsError):
+                self.remove_objects([received.sha256])
             raise
         finally:
             with contextlib.suppress(OSError):
                 received.path.unlink(missing_ok=True)
+
+    def _committed(self, ticket: _Ticket) -> Accepted:
+        """Return once an object's row is durable, by this thread's turn or another's."""
+        with self._lock:
+            self._waiting.append(ticket)
+        with self._turn:
+            if ticket.answer is None:
+                self._commit_waiting()
+        if isinstance(ticket.answer, Accepted):
+            return ticket.answer
+        raise ticket.answer or AssertionError("a ticket without an answer")
 
     def association_closed(self, association: str, *, clean: bool) -> None:
         """Note that an association is over; its studies are judged at once."""
@@ -145,16 +151,8 @@ class DurableIntake:
         self.arrived.set()
 
     def remove_objects(self, digests: Sequence[str]) -> None:
-        """Remove objects that no row needs any more; intake waits meanwhile."""
-        with self._turn:
-            self._remove_unneeded(digests)
-
-    def _remove_unneeded(self, digests: Sequence[str]) -> None:
-        """Remove objects without a row; called by whoever has the turn."""
-        for digest in digests:
-            if self._store.row("object_needed", {"sha256": digest}) is None:
-                object_path(self._data_dir, digest).unlink(missing_ok=True)
-        self._held_bytes = _held(self._store)
+        """Remove objects that no row needs any more."""
+        self._objects.remove(digests, lambda digest: self._store.row("object_needed", {"sha256": digest}) is not None)
 
     def counts(self) -> tuple[dict[str, int], int]:
         """Return objects by outcome, and bytes taken, since the start."""
@@ -172,42 +170,41 @@ class DurableIntake:
         if self.free_bytes() < self.room.free_bytes:
             return f"expected {self.room.free_bytes} bytes to stay free on the disk, found {self._free_bytes}"
         quota = self.room.quota_bytes
-        if quota is not None and self._held_bytes + size_bytes > quota:
-            return f"expected at most {quota} bytes of objects, found {self._held_bytes}"
+        if quota is not None and self._objects.held_bytes + self._coming_bytes + size_bytes > quota:
+            return f"expected at most {quota} bytes of objects, found {self._objects.held_bytes}"
         return ""
 
-    def _check_room(self, size_bytes: int) -> None:
-        if found := self.full(size_bytes):
-            raise IntakeRefused("intake-disk", f"{found}: free some space, or shorten the retention")
+    @contextmanager
+    def _room_for(self, size_bytes: int) -> Iterator[None]:
+        """Hold room for an object until it is counted among those that are there."""
+        with self._lock:
+            if found := self.full(size_bytes):
+                raise IntakeRefused("intake-disk", f"{found}: free some space, or shorten the retention")
+            self._coming_bytes += size_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming_bytes -= size_bytes
 
     def _commit_waiting(self) -> None:
-        """Place and commit all that wait; called by whoever has the turn."""
+        """Commit the rows of all that wait; called by whoever has the turn."""
         with self._lock:
             batch, self._waiting = self._waiting, []
         try:
-            placed = _place(self._data_dir, batch)
-            reach("intake-placed")
             with self._store.transaction() as store:
-                answers = [_add(store, ticket.received) for ticket in placed]
+                answers = [_add(store, ticket.received) for ticket in batch]
         except DintsError as error:
             for ticket in batch:
-                ticket.answer = ticket.answer or error
-            with contextlib.suppress(DintsError):
-                self._remove_unneeded([ticket.received.sha256 for ticket in batch])
+                ticket.answer = error
             return
-        for ticket, answer in zip(placed, answers, strict=True):
+        for ticket, answer in zip(batch, answers, strict=True):
             ticket.answer = answer
+        fresh = [t.received.size_bytes for t, a in zip(batch, answers, strict=True) if a.outcome != "duplicate"]
         with self._lock:
             self._counts.update(answer.outcome for answer in answers)
-            fresh = [t.received.size_bytes for t, a in zip(placed, answers, strict=True) if a.outcome != "duplicate"]
             self._taken_bytes += sum(fresh)
-            self._held_bytes += sum(fresh)
         self.arrived.set()
-
-
-def object_path(data_dir: Path, digest: str) -> Path:
-    """Return where an object lies."""
-    return data_dir / OBJECTS / digest[:2] / digest
 
 
 def study_key(received: Received) -> tuple[str, str]:
@@ -222,27 +219,6 @@ def study_key(received: Received) -> tuple[str, str]:
 def is_content(instance: Instance | None) -> bool:
     """Say whether an object is part of the scan, so that its arrival makes a new revision."""
     return instance is None or (instance.frames > 0 and not instance.SOPClassUID.startswith(NOT_SLICES))
-
-
-def _place(data_dir: Path, batch: Sequence[_Ticket]) -> list[_Ticket]:
-    """Give durable files their names by digest and make the names durable; return the tickets that have one."""
-    placed: list[_Ticket] = []
-    folders: set[Path] = set()
-    for ticket in batch:
-        target = object_path(data_dir, ticket.received.sha256)
-        try:
-            if not target.parent.is_dir():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                folders |= {target.parent.parent, data_dir}
-            if not target.exists():
-                ticket.received.path.rename(target)
-            folders.add(target.parent)  # also of a name that was there: whether it is durable is not known
-            placed.append(ticket)
-        except OSError as error:
-            ticket.answer = output_error(target, error)
-    for folder in folders:
-        sync_folder(folder)
-    return placed
 
 
 def _add(store: Store, received: Received) -> Accepted:
@@ -294,16 +270,3 @@ def _add_instance(store: Store, study: int, received: Received, now: float) -> L
 def _held(store: Store) -> int:
     row = store.row("object_bytes")
     return 0 if row is None else int(row[0])
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes durable, and let nobody change them any more."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fchmod(descriptor, 0o400)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise output_error(path, error) from error

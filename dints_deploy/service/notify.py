@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 MICRO: Final = 1e-6
+
+EXTEND_SECONDS: Final = 60.0
+"""Asked for at a time while the daemon starts: more than a slow disk holds it up between two requests."""
 
 
 def notify(*states: str) -> bool:
@@ -31,3 +37,21 @@ def watchdog_seconds() -> float | None:
         return None
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     return int(microseconds) * MICRO if microseconds.isdigit() and int(microseconds) else None
+
+
+@contextmanager
+def starting(*, every_s: float = EXTEND_SECONDS / 4) -> Iterator[None]:
+    """Ask for more time to start, again and again until the end of the block: a large database is read page by page."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while notify(f"EXTEND_TIMEOUT_USEC={round(EXTEND_SECONDS / MICRO)}") and not over.wait(every_s):
+            pass
+
+    thread = threading.Thread(target=ask, name="starting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -12,7 +12,7 @@ from dints_deploy.config.appliance import Worker as Settings
 from dints_deploy.errors import OutputError, ServiceError, WorkerError
 from dints_deploy.files import output_error, sync_folder
 from dints_deploy.service.fault import reach
-from dints_deploy.service.intake import OBJECTS
+from dints_deploy.service.objects import OBJECTS
 from dints_deploy.service.outbox import RESULTS
 from dints_deploy.service.queue import LEASE_S, Claimed, Produced, claim, expire, extend, fail, finish, release
 from dints_deploy.service.retention import WORK

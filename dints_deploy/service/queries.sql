@@ -217,7 +217,7 @@ SELECT code, message FROM delivery WHERE job_id = :job AND state = 'failed' ORDE
 SELECT 1 FROM instance WHERE sha256 = :sha256 AND stored LIMIT 1;
 
 -- stored_objects
-SELECT DISTINCT sha256 FROM instance WHERE stored;
+SELECT sha256 FROM instance WHERE stored;
 
 -- jobs_with_files
 SELECT id FROM job WHERE files <> '{}';

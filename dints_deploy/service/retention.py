@@ -14,7 +14,8 @@ from dints_deploy.config.appliance import Retention
 from dints_deploy.files import make_private_folder
 from dints_deploy.service.audit import record
 from dints_deploy.service.fault import reach
-from dints_deploy.service.intake import INCOMING, OBJECTS, SHORT
+from dints_deploy.service.intake import INCOMING, SHORT
+from dints_deploy.service.objects import OBJECTS, make_object_folders
 from dints_deploy.service.outbox import RESULTS
 from dints_deploy.service.store import Row, Store
 
@@ -29,8 +30,9 @@ RemoveObjects = Callable[[Sequence[str]], None]
 
 def make_folders(data_dir: Path) -> None:
     """Make the folders of a data folder, for its owner only."""
-    for name in ("", OBJECTS, INCOMING, WORK, RESULTS):
+    for name in ("", INCOMING, WORK, RESULTS):
         make_private_folder(data_dir / name)
+    make_object_folders(data_dir)
 
 
 def clean_start(store: Store, data_dir: Path) -> dict[str, int]:

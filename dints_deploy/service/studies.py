@@ -20,8 +20,9 @@ from dints_deploy.dicom.series import Study, opened
 from dints_deploy.errors import DintsError, ScanRefused
 from dints_deploy.service.audit import record
 from dints_deploy.service.fault import reach
-from dints_deploy.service.intake import SHORT, object_path
+from dints_deploy.service.intake import SHORT
 from dints_deploy.service.model import Evidence, RouteMatch, StudyFacts, Verdict
+from dints_deploy.service.objects import object_path
 from dints_deploy.service.store import Row, Store
 
 LOGGER: Final = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ def test_the_same_object_from_another_sender_is_the_same_file(tmp_path: Path) ->
         send(appliance.remote(), [path])
         send(appliance.remote(calling_ae_title="MR2"), [path])
         assert len(appliance.rows("SELECT id FROM instance")) == 1
-        assert len(list((appliance.data_dir / "objects").rglob("*"))) == 2  # the file, and the folder of its digest
+        assert len(list((appliance.data_dir / "objects").glob("*/*"))) == 1
 
 
 class Gate:
@@ -322,10 +322,49 @@ def test_a_transfer_that_breaks_off_leaves_nothing_and_is_no_clean_end(tmp_path:
         assert len(appliance.instances()) == 1
 
 
-def _p_data(context: int, header: int, value: bytes) -> bytes:
+def test_fragments_of_any_size_and_several_in_one_pdu_make_the_same_object(tmp_path: Path) -> None:
+    ds, encoded = dcmread(sample("CT_small.dcm")), data_set(sample("CT_small.dcm"))
+    uid = str(ds.SOPInstanceUID)
+    with receiving(tmp_path) as appliance, association(appliance.port) as sender:
+        connection, context = sender.dul.socket.socket, sender.accepted_contexts[0].context_id
+        command = _store_command(str(ds.SOPClassUID), uid)
+        pieces = [(1, command[:50]), (3, command[50:]), (0, encoded[:1]), (0, encoded[1:20000]), (2, encoded[20000:])]
+        connection.sendall(_pdu(*(_item(context, *piece) for piece in pieces)))
+        wait_until(lambda: uid in appliance.instances())
+        assert data_set(appliance.instances()[uid]) == encoded
+
+
+@pytest.mark.parametrize("what", ["a command within the data", "another context", "lengths", "a long command"])
+def test_fragments_that_make_no_sense_end_the_association_and_leave_nothing(what: str, tmp_path: Path) -> None:
+    ds = dcmread(sample("CT_small.dcm"))
+    with receiving(tmp_path) as appliance:
+        with association(appliance.port) as sender:
+            connection, context = sender.dul.socket.socket, sender.accepted_contexts[0].context_id
+            command = _store_command(str(ds.SOPClassUID), "1.2.3.4")
+            wrong = {
+                "a command within the data": _p_data(context, 3, command),
+                "another context": _p_data(context + 2, 0, bytes(10)),
+                "lengths": struct.pack(">BBLLBB", 4, 0, 6, 1000, context, 0),
+                "a long command": _p_data(context, 1, bytes(70_000)),
+            }[what]
+            begin = b"" if what == "a long command" else _p_data(context, 3, command) + _p_data(context, 0, bytes(1000))
+            connection.sendall(begin + wrong)
+            wait_until(lambda: appliance.receiver.associations == 0)
+        assert (appliance.instances(), appliance.leftovers()) == ({}, [])
+        echo(appliance.remote())
+
+
+def _p_data(context: int, control: int, value: bytes) -> bytes:
     """Return a P-DATA-TF PDU of one fragment (PS3.8 9.3.5)."""
-    item = struct.pack(">LBB", len(value) + 2, context, header) + value
-    return struct.pack(">BBL", 4, 0, len(item)) + item
+    return _pdu(_item(context, control, value))
+
+
+def _item(context: int, control: int, value: bytes) -> bytes:
+    return struct.pack(">LBB", len(value) + 2, context, control) + value
+
+
+def _pdu(*items: bytes) -> bytes:
+    return struct.pack(">BBL", 4, 0, len(b"".join(items))) + b"".join(items)
 
 
 def _store_command(sop_class: str, uid: str) -> bytes:

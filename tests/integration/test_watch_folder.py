@@ -16,6 +16,7 @@ from pydicom.data import get_testdata_file
 
 from dints_deploy.config.intake import Folder
 from dints_deploy.service.intake import DurableIntake, Room
+from dints_deploy.service.retention import make_folders
 from dints_deploy.service.store import Store, open_store
 from dints_deploy.service.watch_folder import FolderWatch
 from tests.command import values, write_scan
@@ -51,7 +52,7 @@ class Watched:
 def watched(folder: Path, *, room: Room | None = None, **settings: Any) -> Iterator[Watched]:
     path, data_dir = folder / "watched", folder / "data"
     path.mkdir()
-    (data_dir / "incoming").mkdir(parents=True)
+    make_folders(data_dir)
     store = open_store(data_dir)
     fields = {"path": path, "settle_seconds": SETTLE, "scan_seconds": 0.2} | settings
     one = Watched(path, data_dir, store, DurableIntake(store, data_dir, room or Room()), Folder.model_validate(fields))

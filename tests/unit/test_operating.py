@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from dints_deploy.errors import ScanRefused
 from dints_deploy.service.health import serve
 from dints_deploy.service.log import JsonLines, configure
 from dints_deploy.service.model import Snapshot
-from dints_deploy.service.notify import notify, watchdog_seconds
+from dints_deploy.service.notify import notify, starting, watchdog_seconds
 from tests.peers import certificates, free_port
 
 NOW = Snapshot(
@@ -151,6 +153,25 @@ def test_systemd_hears_what_it_is_told(address: str, tmp_path: Path, monkeypatch
         assert hearing.recv(100) == b"READY=1\nSTATUS=works"
     monkeypatch.delenv("NOTIFY_SOCKET")
     assert not notify("READY=1")
+
+
+def test_systemd_is_asked_for_more_time_for_as_long_as_the_start_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as hearing:
+        hearing.bind(str(tmp_path / "socket"))
+        hearing.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "socket"))
+        with starting(every_s=0.01):
+            heard = {hearing.recv(100) for _ in range(3)}
+        assert heard == {b"EXTEND_TIMEOUT_USEC=60000000"}
+        hearing.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                hearing.recv(100)
+        time.sleep(0.05)
+        with pytest.raises(BlockingIOError):
+            hearing.recv(100)
 
 
 def test_the_watchdog_is_told_only_where_it_waits_for_us(monkeypatch: pytest.MonkeyPatch) -> None:

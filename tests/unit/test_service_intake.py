@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dints_deploy.errors import IntakeRefused, OutputError
-from dints_deploy.service.intake import Room, is_content, object_path
+from dints_deploy.service.intake import Room, is_content
 from dints_deploy.service.model import Received
+from dints_deploy.service.objects import object_path
 from tests.service import SEG, Bench
 from tests.small_disk import fill, small_disk
 
