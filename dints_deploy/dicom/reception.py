@@ -54,6 +54,9 @@ class Reception(Protocol):
     def admit(self, peer: Peer) -> Rejection | None:
         """Let an association be negotiated, or say why not."""
 
+    def check_room(self) -> None:
+        """Return where an object would be taken at present; raise the error that its sender is told of otherwise."""
+
     def store(self, peer: Peer, incoming: Incoming | DintsError) -> int:
         """Take an object, or the reason why it could not be spooled; return the status of C-STORE (PS3.4 B.2.3)."""
 

@@ -44,14 +44,23 @@ class Incoming:
 class Spool:
     """The file of one object while its fragments come in. Used by one thread."""
 
-    def __init__(self, folder: Path, sop_class: str, sop_instance: str, syntax: str, *, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sop_class: str,
+        sop_instance: str,
+        syntax: str,
+        *,
+        limit_bytes: int,
+        fault: DintsError | None = None,
+    ) -> None:
         self._uids = (sop_class, sop_instance, syntax)
         self._path = folder / f"{secrets.token_hex(16)}.part"
         self._limit = limit_bytes
         self._digest = hashlib.sha256()
         self._size = 0
         self._file: int | None = None
-        self._fault: DintsError | None = None
+        self._fault = fault  # nothing is written then
         if not all(VALID_UID.fullmatch(uid) for uid in self._uids):
             self._fault = IntakeRefused("intake-unreadable", "expected UIDs of digits and dots, found other characters")
             return

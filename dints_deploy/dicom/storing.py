@@ -89,7 +89,15 @@ class Storing(DIMSEServiceProvider):  # type: ignore[misc]  # the library has no
             return
         syntax = context.transfer_syntax[0]
         uids = (request.SOPClassUID, request.SOPInstanceUID, syntax)
-        self._request = (context_id, request, Spool(self._folder, *uids, limit_bytes=self._limit))
+        self._request = (context_id, request, Spool(self._folder, *uids, limit_bytes=self._limit, fault=self._fault()))
+
+    def _fault(self) -> DintsError | None:
+        """Return why an object would not be taken: then its bytes are not even written."""
+        try:
+            self._reception.check_room()
+        except DintsError as fault:
+            return fault
+        return None
 
     def _pass_on(self, context_id: int, control: int, value: bytes | memoryview) -> None:
         primitive = P_DATA()

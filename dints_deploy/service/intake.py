@@ -165,9 +165,13 @@ class DurableIntake:
             self._free_bytes, self._looked_s = shutil.disk_usage(self._data_dir).free, time.monotonic()
         return self._free_bytes
 
-    def full(self, size_bytes: int = 0) -> str:
-        """Return why an object is not taken that lies in `incoming` already; empty where it is."""
-        if self.free_bytes() < self.room.free_bytes:
+    def check_room(self, size_bytes: int = 0) -> None:
+        """Refuse an object that would not be taken, before it is written; see `model.Intake`."""
+        _refuse(self.full(size_bytes, unwritten_bytes=size_bytes))
+
+    def full(self, size_bytes: int = 0, *, unwritten_bytes: int = 0) -> str:
+        """Return why an object is not taken; empty where it is."""
+        if self.free_bytes() - unwritten_bytes < self.room.free_bytes:
             return f"expected {self.room.free_bytes} bytes to stay free on the disk, found {self._free_bytes}"
         quota = self.room.quota_bytes
         if quota is not None and self._objects.held_bytes + self._coming_bytes + size_bytes > quota:
@@ -178,8 +182,7 @@ class DurableIntake:
     def _room_for(self, size_bytes: int) -> Iterator[None]:
         """Hold room for an object until it is counted among those that are there."""
         with self._lock:
-            if found := self.full(size_bytes):
-                raise IntakeRefused("intake-disk", f"{found}: free some space, or shorten the retention")
+            _refuse(self.full(size_bytes))
             self._coming_bytes += size_bytes
         try:
             yield
@@ -205,6 +208,11 @@ class DurableIntake:
             self._counts.update(answer.outcome for answer in answers)
             self._taken_bytes += sum(fresh)
         self.arrived.set()
+
+
+def _refuse(found: str) -> None:
+    if found:
+        raise IntakeRefused("intake-disk", f"{found}: free some space, or shorten the retention")
 
 
 def study_key(received: Received) -> tuple[str, str]:

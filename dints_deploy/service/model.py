@@ -58,6 +58,13 @@ class Accepted:
 class Intake(Protocol):
     """Where the edges hand over what came in. Called from any thread."""
 
+    def check_room(self, size_bytes: int = 0) -> None:
+        """Return where an object of at least that size would be taken at present: asked before it is written.
+
+        Raises:
+            IntakeRefused: `intake-disk`.
+        """
+
     def accept(self, received: Received) -> Accepted:
         """Return once file and row are durable; concurrent callers share one transaction.
 

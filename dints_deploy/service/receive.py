@@ -109,6 +109,10 @@ class Receiver:
             listening.stop(seconds=seconds)
         self._open.clear()
 
+    def check_room(self) -> None:
+        """Raise `IntakeRefused` where no object is taken at present."""
+        self._intake.check_room()
+
     def store(self, peer: Peer, incoming: Incoming | DintsError) -> int:
         """Make an object durable and return the status that says so, or why not."""
         try:
@@ -177,6 +181,10 @@ class Port:
         """Log a caller that is not let in, by its address: it may send any text as its AE title."""
         LOGGER.warning("refused an association", extra={"action": f"unknown_{what}", "address": peer.address})
         return rejection
+
+    def check_room(self) -> None:
+        """Refuse an object before it is spooled where the disk has no room for it."""
+        self._receiver.check_room()
 
     def store(self, peer: Peer, incoming: Incoming | DintsError) -> int:
         """Take an object."""

@@ -160,6 +160,7 @@ class FolderWatch:
         try:
             with open_below(self._folder.path, one.relative) as source:
                 _check_kind(one.relative.name, source)
+                self._intake.check_room(os.fstat(source.fileno()).st_size)
                 digest, size = copy_durably(source, copy)
                 after = Look.of(os.fstat(source.fileno()))
             if after != one.look:

@@ -109,6 +109,9 @@ class Gate:
         self.open, self.came = threading.Event(), threading.Event()
         self.closed: list[bool] = []
 
+    def check_room(self, size_bytes: int = 0) -> None:
+        """There is always room."""
+
     def accept(self, received: Received) -> Accepted:
         self.came.set()
         assert self.open.wait(20)
@@ -257,6 +260,16 @@ def test_a_full_disk_is_answered_as_out_of_resources(tmp_path: Path) -> None:
         assert code != 0
         assert "Refused: OutOfResources" in said
         assert (appliance.instances(), appliance.leftovers()) == ({}, [])
+
+
+def test_a_full_disk_is_not_filled_further_while_objects_are_refused(tmp_path: Path) -> None:
+    ds = dcmread(sample("CT_small.dcm"))
+    with receiving(tmp_path, room=Room(free_bytes=1 << 60)) as appliance, association(appliance.port) as sender:
+        connection, context = sender.dul.socket.socket, sender.accepted_contexts[0].context_id
+        connection.sendall(_p_data(context, 3, _store_command(str(ds.SOPClassUID), "1.2.3.4")))
+        for _ in range(20):
+            connection.sendall(_p_data(context, 0, bytes(10_000)))
+            assert appliance.leftovers() == []
 
 
 def test_an_object_of_another_name_than_the_request_says_is_refused(tmp_path: Path) -> None:

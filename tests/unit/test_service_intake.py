@@ -109,6 +109,13 @@ def test_intake_stops_before_the_disk_is_full_and_beyond_the_quota(tmp_path: Pat
         other.take(number)  # seven bytes each
     with pytest.raises(IntakeRefused, match="at most 40 bytes"):
         other.take(6)
+    other.intake.check_room(5)
+    with pytest.raises(IntakeRefused, match="at most 40 bytes"):
+        other.intake.check_room(6)
+    free = other.intake.free_bytes()
+    other.intake.room = Room(free_bytes=free // 2)
+    with pytest.raises(IntakeRefused, match="to stay free"):
+        other.intake.check_room(free)
 
 
 def test_a_full_disk_refuses_the_object_and_takes_it_later(tmp_path: Path) -> None:
