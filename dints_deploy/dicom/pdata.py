@@ -109,6 +109,7 @@ class Reader(DULServiceProvider):  # type: ignore[misc]  # the library has no ty
                     break
                 for context_id, fragment in fragments(self._body(HEAD.unpack(head)[1])):
                     self._take(context_id, fragment)
+                self._idle_timer.restart()  # whoever sends without a pause is not idle
                 if self._kill_thread or not self.to_provider_queue.empty() or not self.socket.ready:
                     return
         except (OSError, EOFError):

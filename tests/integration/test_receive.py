@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -396,6 +397,23 @@ def _store_command(sop_class: str, uid: str) -> bytes:
 def test_a_silent_association_is_ended(tmp_path: Path) -> None:
     with receiving(tmp_path, idle_seconds=0.5) as appliance, association(appliance.port) as sender:
         wait_until(lambda: not sender.is_established, seconds=10)
+
+
+def test_who_sends_without_a_pause_is_not_silent(tmp_path: Path) -> None:
+    ds, encoded = dcmread(sample("CT_small.dcm")), data_set(sample("CT_small.dcm"))
+    uid = str(ds.SOPInstanceUID)
+    with receiving(tmp_path, idle_seconds=0.5) as appliance, association(appliance.port) as sender:
+        connection, context = sender.dul.socket.socket, sender.accepted_contexts[0].context_id
+        connection.sendall(_p_data(context, 3, _store_command(str(ds.SOPClassUID), uid)))
+        begin, sent = time.monotonic(), 0
+        while time.monotonic() - begin < 2.0:
+            connection.sendall(_p_data(context, 0, encoded[sent : sent + 10]))
+            sent += 10
+            time.sleep(0.002)
+        assert sent < len(encoded)
+        connection.sendall(_p_data(context, 2, encoded[sent:]))
+        wait_until(lambda: uid in appliance.instances())
+        assert data_set(appliance.instances()[uid]) == encoded
 
 
 def test_nothing_that_identifies_a_patient_is_logged(tmp_path: Path) -> None:
