@@ -203,7 +203,7 @@ def _drawn(plan: Plan, arm: Arm, folder: Path) -> tuple[Genotype, int]:
     target = read_genotype(plan.out / plan.target / "genotype.json")
     rng = random.Random(f"{plan.target} {arm.group}")
     matched = sample_within(plan.space, rng, plan.work, plan.work.of(target), tolerance=TOLERANCE)
-    return matched.genotype.model_copy(update={"up": target.up}), matched.draws
+    return matched.genotype.model_copy(update={"up": target.up, "direct_skip": target.direct_skip}), matched.draws
 
 
 def _cost(counts: Counts) -> dict[str, float]:

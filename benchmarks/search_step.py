@@ -1,9 +1,10 @@
 """One search step, weights then architecture, against MONAI's: time, peak memory, and where the time goes.
 
-    python -m benchmarks.search_step --size 48,64,48 --width 0.25 --precision bf16
+    python -m benchmarks.search_step --size 48,64,48 --width 0.25 --precision fp32
 
 Both compute the same function on the same patches with the same optimisers, each in a process of its own so that its
-peak memory is its own. `cpu` is processor time, which another program on the machine disturbs less than wall time.
+peak memory is its own. `cpu` is processor time, which another program on the machine disturbs less than wall time. The
+figures of each precision add up in benchmarks/results/search_step.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from monai.networks.nets import DiNTS
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import read, write
 from dints_search.cost import Setting, reference_memory
 from dints_search.decode import decode
 from dints_search.losses import architecture_loss
@@ -33,6 +34,8 @@ from dints_search.space import SearchSpace
 from dints_search.supernet import Supernet
 from tests.monai_oracle import monai_losses, monai_space
 
+WHO = ("monai", "ours")
+TITLE = "A search step against MONAI's"
 CLASSES = 3
 SIGMA = 0.5
 MIB = 2**20
@@ -172,12 +175,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def compare(arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Measure both, each in its own process."""
     results = {}
-    for only in ("monai", "ours"):
+    for only in WHO:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.search_step", *arguments, "--only", only]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         results[only] = json.loads(output.splitlines()[-1])
     a, b = results["monai"], results["ours"]
-    setting = {key: value for key, value in vars(options).items() if key not in ("only", "json")}
+    setting = {key: value for key, value in vars(options).items() if key != "only"}
     ratios = {
         "speedup_cpu": a["step"]["cpu"] / b["step"]["cpu"],
         "speedup_wall": a["step"]["wall"] / b["step"]["wall"],
@@ -188,9 +191,9 @@ def compare(arguments: list[str], options: argparse.Namespace) -> dict[str, Any]
     return {"setting": setting, "threads": torch.get_num_threads(), **results, "ratios": ratios}
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print the table."""
-    rows: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+def rows_of(found: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Return what was measured of both: a name, MONAI's figure, ours."""
+    figures: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("step, CPU s", lambda r: r["step"]["cpu"]),
         ("step, wall s", lambda r: r["step"]["wall"]),
         ("peak memory, MiB", lambda r: r["peak_mib"]),
@@ -199,12 +202,32 @@ def show(found: dict[str, Any]) -> None:
         ("decoding, ms", lambda r: 1000 * r["decode"]["cpu"] if "decode" in r else float("nan")),
         ("convolutions, % of a step", lambda r: 100 * r["convolutions_share"]),
     ]
+    return [(name, figure(found["monai"]), figure(found["ours"])) for name, figure in figures]
+
+
+def table(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of one precision for the page, and above it where the time went."""
+    setting, ratios = found["setting"], found["ratios"]
+    size = "x".join(str(n) for n in setting["size"])
+    where = {who: ", ".join(f"{name} {share:.1%}" for name, share in found[who]["where"].items()) for who in WHO}
+    about = (
+        f"{setting['precision']}: {setting['blocks']} blocks, {setting['depths']} levels, {size}, batch "
+        f"{setting['batch']}, channel multiplier {setting['width']}. **{ratios['speedup_cpu']:.2f} times as fast**, "
+        f"**{ratios['memory']:.2f} of the memory**; architecture losses {ratios['losses_share']:.3%} of a step. Where "
+        f"the time goes: MONAI {where['monai']}; ours {where['ours']}."
+    )
+    rows = [[name.strip(), f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}"] for name, a, b in rows_of(found)]
+    return {"about": about, "columns": ["", "MONAI", "ours", "MONAI / ours"], "rows": rows}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the table."""
     print(f"{'':28}{'MONAI':>12}{'ours':>12}")
-    for name, figure in rows:
-        print(f"{name:28}{figure(found['monai']):12.2f}{figure(found['ours']):12.2f}")
+    for name, theirs, mine in rows_of(found):
+        print(f"{name:28}{theirs:12.2f}{mine:12.2f}")
     for name, ratio in found["ratios"].items():
         print(f"{name:28}{ratio:24.3f}")
-    for who in ("monai", "ours"):
+    for who in WHO:
         print(f"{who}: " + ", ".join(f"{key} {100 * share:.1f} %" for key, share in found[who]["where"].items()))
 
 
@@ -220,8 +243,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true", help="ours only")
     parser.add_argument("--skip-decode", action="store_true", help="MONAI's takes 12 s and 1.2 GB")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--only", choices=["ours", "monai"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=WHO, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -233,8 +255,10 @@ def main() -> None:
         return
     found = compare(arguments, options)
     show(found)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if options.device == "cpu":
+        known = read("search_step") or {"title": TITLE, "found": {}}
+        results = known["found"] | {options.precision: found}
+        write("search_step", {"title": TITLE, "found": results, "tables": [table(f) for f in results.values()]})
 
 
 if __name__ == "__main__":

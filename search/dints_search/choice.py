@@ -107,6 +107,7 @@ def deployed_setting(recipe: Recipe, space: SearchSpace) -> Setting:
         num_classes=len(recipe.labels) + 1,
         channel_multiplier=recipe.retraining.channel_multiplier,
         up=recipe.search.up,
+        direct_skip=recipe.search.direct_skip,
     )
 
 
@@ -125,4 +126,4 @@ def _budgets(choice: Choice) -> dict[str, float]:
 def _network(found: Genotype | Infeasible, recipe: Recipe) -> Genotype:
     if isinstance(found, Infeasible):
         raise DatasetError("genotype-invalid", f"{found.reason}: choose another --decode or a greater budget")
-    return found.model_copy(update={"up": recipe.search.up})
+    return found.model_copy(update={"up": recipe.search.up, "direct_skip": recipe.search.direct_skip})

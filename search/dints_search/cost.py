@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dints_search.genotype import OPERATIONS, Edge, Genotype
 from dints_search.network import channel_counts
-from dints_search.operations import Cell, Head, InputStem, OutputStem, Triple
+from dints_search.operations import Cell, DirectSkip, Head, InputStem, OutputStem, Triple
 from dints_search.space import SearchSpace
 
 Shape = tuple[int, ...]
@@ -48,7 +48,7 @@ class CostTable:
     Attributes:
         cells: (E, N), an edge's resampling and operation together; the same in every block.
         stems_in: (D,), of the input stem of a level. stems_out: (D,), of the output stem of a level.
-        head: of the classifier.
+        head: of the classifier, and of what leads to it directly from the scan.
     """
 
     cells: NDArray[np.float64]
@@ -85,7 +85,7 @@ class Setting:
     Attributes:
         size: voxels of a patch, multiples of 2^D.
         batch: scans at a time.
-        up: as in a genotype.
+        up, direct_skip: as in a genotype.
     """
 
     space: SearchSpace
@@ -95,6 +95,7 @@ class Setting:
     channel_multiplier: float = 1.0
     batch: int = 1
     up: Literal["reference", "conv_first"] = "reference"
+    direct_skip: bool = False
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -181,6 +182,8 @@ def tabulate(setting: Setting, measure: Measure, *, cache: Cache | None = None, 
         for d in depths
     ]
     head = figure(setting.key("head"), lambda: Head(channels[0], setting.num_classes), setting.shape(0))
+    if setting.direct_skip:
+        head += figure(setting.key("direct skip"), lambda: DirectSkip(setting.in_channels, channels[0]), raw)
     return CostTable(np.array(cells), np.array(stems_in), np.array(stems_out), head)
 
 

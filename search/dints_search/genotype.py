@@ -55,6 +55,8 @@ class Genotype(BaseModel):
     Attributes:
         up: where the network goes up inside a cell, `reference` upsamples, then convolves (as DiNTS does);
             `conv_first` convolves, then upsamples: an eighth of the work, but another function.
+        direct_skip: the head sees the scan at full resolution too, through one convolution, as an option of the
+            authors' first code did; the finest nodes have half of it. The published networks have none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -65,6 +67,7 @@ class Genotype(BaseModel):
     num_blocks: int = Field(ge=1, le=64)
     num_depths: int = Field(ge=2, le=5)
     up: Literal["reference", "conv_first"] = "reference"
+    direct_skip: bool = False
     operations: tuple[str, ...]
     edge_in_level: tuple[int, ...]
     edge_out_level: tuple[int, ...]
@@ -80,15 +83,16 @@ class Genotype(BaseModel):
         return self
 
     def to_json(self) -> str:
-        """Return the genotype as JSON, one row of each table per line."""
-        lines = [f"  {json.dumps(name)}: {_json_value(value)}" for name, value in self.model_dump().items()]
+        """Return the genotype as JSON, one row of each table per line; `direct_skip` only where there is one."""
+        fields = self.model_dump(exclude=None if self.direct_skip else {"direct_skip"})
+        lines = [f"  {json.dumps(name)}: {_json_value(value)}" for name, value in fields.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def digest(self) -> str:
         """Return the SHA-256 of what defines the network's function: not `about`, `source` or an unused operation."""
         pairs = zip(self.edge_active, self.edge_operation, strict=True)
         code = [[o if a else -1 for a, o in zip(*rows, strict=True)] for rows in pairs]
-        fields = {
+        fields: dict[str, Any] = {
             "num_blocks": self.num_blocks,
             "num_depths": self.num_depths,
             "up": self.up,
@@ -96,6 +100,8 @@ class Genotype(BaseModel):
             "node_active": self.node_active,
             "edge_code": code,
         }
+        if self.direct_skip:  # left out otherwise: digests from before it was there stay as they are
+            fields["direct_skip"] = True
         return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -126,7 +132,8 @@ def parse_genotype(text: str) -> Genotype:
 
 
 def from_published(mapping: Mapping[str, Any]) -> Genotype:
-    """Build a genotype from a published architecture: the same fields, but neither `schema_version` nor `up`.
+    """Build a genotype from a published architecture: the same fields, without `schema_version`, `up` and
+    `direct_skip`.
 
     Raises:
         DatasetError: `genotype-invalid` if the mapping holds no feasible genotype.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dints_search.genotype import Genotype, edges
-from dints_search.operations import Cell, Head, InputStem, OutputStem, Triple
+from dints_search.operations import Cell, DirectSkip, Head, InputStem, OutputStem, Triple
 
 BASE_CHANNELS: Final = 32
 """Channels at full resolution and channel multiplier 1; every level below has twice the channels."""
@@ -61,6 +61,7 @@ class DiNTSNetwork(nn.Module):
         self.stems_out = nn.ModuleDict()
         self._build_stems(channels)
         self._build_cells(channels)
+        self.direct = DirectSkip(in_channels, channels[0]) if genotype.direct_skip else None
         self.head = Head(channels[0], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ class DiNTSNetwork(nn.Module):
         nodes = self._enter(x)
         for block in range(self.genotype.num_blocks):
             nodes = self._advance(nodes, block)
-        return self.head(self._leave(nodes))  # type: ignore[no-any-return]
+        features = self._leave(nodes)
+        return self.head(features if self.direct is None else features + self.direct(x))  # type: ignore[no-any-return]
 
     def _build_stems(self, channels: tuple[int, ...]) -> None:
         first, last = self.genotype.node_active[0], self.genotype.node_active[-1]

@@ -122,6 +122,19 @@ class InputStem(nn.Module):
         return self.norm_second(self.conv_second(x))  # type: ignore[no-any-return]
 
 
+class DirectSkip(nn.Module):
+    """Bring the raw image to the head at full resolution: convolve, norm."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = convolution(in_channels, out_channels, (3, 3, 3))
+        self.norm = normalisation(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep the size."""
+        return self.norm(self.conv(x))  # type: ignore[no-any-return]
+
+
 class OutputStem(nn.Module):
     """Bring a level's features to the next finer one: ReLU, convolution, norm, double the size."""
 

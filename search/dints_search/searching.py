@@ -20,6 +20,7 @@ class Searching(Strict):
         warmup: share of the iterations that train the weights only.
         batch: patches of an iteration in every process.
         num_blocks: L. num_depths: D. channel_multiplier: scales the channels of every level.
+        up: of the search network and of the genotype. direct_skip: of the genotype; the search network has none.
         window: voxels of a patch, multiples of 2^D; the recipe's window where it is left out.
         sigma: share of the memory of the whole space to aim at.
         memory: form of the memory loss, see `dints_search.losses.memory_usage`.
@@ -40,6 +41,7 @@ class Searching(Strict):
     num_depths: Annotated[int, Field(ge=2, le=5)] = 4
     channel_multiplier: PositiveFloat = 0.5
     up: Literal["reference", "conv_first"] = "reference"
+    direct_skip: bool = False
     window: Sizes | None = None
     sigma: Annotated[float, Field(gt=0, le=1)] = 0.5
     memory: Literal["measured", "reference"] = "measured"

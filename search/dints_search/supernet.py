@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from dints_search.convolve import convolve
 from dints_search.genotype import OPERATIONS, Edge, Genotype
 from dints_search.network import DiNTSNetwork, channel_counts
 from dints_search.operations import (
@@ -35,9 +36,6 @@ from dints_search.operations import (
 from dints_search.space import ArchitectureParameters, SearchSpace
 
 LAST: Final = torch.channels_last_3d
-
-SLOW_BELOW: Final = 20480
-"""Values of channels x I x J up to which torch 2.13 leaves a single float32 scan to its slow convolution."""
 
 UpOrder = Literal["reference", "conv_first"]
 
@@ -152,7 +150,7 @@ class Supernet(nn.Module):
             for name, factor in zip(OPERATIONS[1:], scale[1:], strict=True):
                 operation: ActConvNorm | PseudoConv3d = cell.operations[name]  # type: ignore[index, assignment]
                 weight, bias = operation.norm.weight * factor, operation.norm.bias * factor
-                terms[edge.out_level].append(Term(_convolve(operation, resampled.active), weight, bias))
+                terms[edge.out_level].append(Term(_apply(operation, resampled.active), weight, bias))
         return [_sum(*entering) for entering in zip(terms, skips, strict=True)]
 
     def _leave(self, nodes: list[Tensor]) -> Tensor:
@@ -160,11 +158,11 @@ class Supernet(nn.Module):
         x = nodes[-1]
         for level in reversed(range(len(nodes))):
             unit: ActConvNorm = self.stems_out[f"level{level}"].unit  # type: ignore[assignment]
-            x = _grow(_normalise(unit.conv(functional.relu(x)), unit.norm))
+            x = _grow(_normalise(convolve(unit.conv.weight, functional.relu(x)), unit.norm))
             if level:
                 x = nodes[level - 1] + x
         unit = self.head.unit
-        logits: Tensor = self.head.classify(_normalise(unit.conv(functional.relu(x)), unit.norm))
+        logits: Tensor = self.head.classify(_normalise(convolve(unit.conv.weight, functional.relu(x)), unit.norm))
         return logits.contiguous()
 
     @torch.no_grad()
@@ -195,7 +193,7 @@ class Supernet(nn.Module):
 def _enter(stem: InputStem, x: Tensor) -> Tensor:
     if stem.level:
         x = _resize(x, 0.5**stem.level)
-    x = functional.relu(_normalise(stem.conv_first(x.contiguous(memory_format=LAST)), stem.norm_first))
+    x = functional.relu(_normalise(convolve(stem.conv_first.weight, x.contiguous(memory_format=LAST)), stem.norm_first))
     return _normalise(stem.conv_second(x), stem.norm_second)
 
 
@@ -203,14 +201,16 @@ def _resample(resample: nn.Module, x: Features) -> Features:
     """Bring a node's features to the level that an edge enters."""
     if isinstance(resample, FactorizedReduce):
         even, odd = _EverySecond.apply(x.active)  # type: ignore[no-untyped-call]
-        halves = [functional.conv3d(even, resample.conv_even.weight), functional.conv3d(odd, resample.conv_odd.weight)]
+        halves = [convolve(resample.conv_even.weight, even), convolve(resample.conv_odd.weight, odd)]
         y = _normalise(torch.cat(halves, dim=1), resample.norm)
     elif isinstance(resample, FactorizedIncrease):
         unit = resample.unit
         if resample.upsample_first:
-            y = _normalise(_recomputed(lambda raw: unit.conv(functional.relu(_grow(raw))), x.raw), unit.norm)
+            y = _normalise(
+                _recomputed(lambda raw: convolve(unit.conv.weight, functional.relu(_grow(raw))), x.raw), unit.norm
+            )
         else:
-            y = _grow(_normalise(unit.conv(x.active), unit.norm))
+            y = _grow(_normalise(convolve(unit.conv.weight, x.active), unit.norm))
     else:
         return x
     return Features(y, functional.relu(y))
@@ -233,34 +233,11 @@ class _EverySecond(torch.autograd.Function):
         return gradient
 
 
-def _convolve(operation: ActConvNorm | PseudoConv3d, active: Tensor) -> Tensor:
+def _apply(operation: ActConvNorm | PseudoConv3d, active: Tensor) -> Tensor:
     """Return an operation's output before its norm, given the ReLU of its input."""
     if isinstance(operation, PseudoConv3d):
-        return _conv(operation.conv_line, _conv(operation.conv_plane, active))
-    return _conv(operation.conv, active)
-
-
-def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """Apply a convolution; where torch would take its slow path, as one with two groups of input channels, added up.
-
-    torch 2.13 computes a small single scan in float32 without oneDNN, at a third of its speed, but never with groups.
-    """
-    weight = conv.weight  # (O, C, 3, 3, 3), or some of the axes 1
-    groups = 2
-    if not _is_slow(weight, x):
-        return conv(x)  # type: ignore[no-any-return]
-    wide, channels, *kernel = weight.shape
-    split = weight.reshape(wide, groups, channels // groups, *kernel).transpose(0, 1)  # (2, O, C / 2, 3, 3, 3)
-    padding = [k // 2 for k in kernel]
-    first, second = functional.conv3d(x, split.flatten(0, 1), padding=padding, groups=groups).chunk(groups, dim=1)
-    return first + second
-
-
-def _is_slow(weight: Tensor, x: Tensor) -> bool:
-    """Return whether a convolution is better done in groups; not for kernels along axis i, nor where weights weigh."""
-    single = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    small = x.shape[0] == 1 and x[0, :, :, :, 0].numel() <= SLOW_BELOW
-    return single and small and weight.shape[3:] != (1, 1) and weight.numel() <= 2 * x.numel() and x.shape[1] % 2 == 0
+        return convolve(operation.conv_line.weight, convolve(operation.conv_plane.weight, active))
+    return convolve(operation.conv.weight, active)
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

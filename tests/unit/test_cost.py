@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,14 @@ def network(genotype: Genotype) -> DiNTSNetwork:
 @pytest.mark.parametrize("genotype", GENOTYPES)
 def test_the_predicted_work_is_that_of_the_network(genotype: Genotype, work: CostTable) -> None:
     assert work.of(genotype) == pytest.approx(2 * count_gmac(network(genotype), SETTING.size), rel=1e-12)
+
+
+def test_the_predicted_work_and_memory_hold_the_direct_skip() -> None:
+    genotype, setting = GENOTYPES[0].model_copy(update={"direct_skip": True}), replace(SETTING, direct_skip=True)
+    built = network(genotype)
+    assert work_table(setting).of(genotype) == pytest.approx(2 * count_gmac(built, SETTING.size), rel=1e-12)
+    scan = 2 * 2 * 16 * 32 * 16 * 4  # bytes; the finest input stem keeps it too, which the sum cannot know
+    assert 0 <= memory_table(setting).of(genotype) - count_saved(built, (2, 2, 16, 32, 16)) <= scan
 
 
 @pytest.mark.parametrize("genotype", GENOTYPES)

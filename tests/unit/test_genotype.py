@@ -293,9 +293,14 @@ def test_the_digest_ignores_words_and_unused_operations_and_sees_everything_else
         return parse_genotype(json.dumps(found)).digest()
 
     same = [_set("about", "x"), _set("source", ""), _set_at("edge_operation", 0, 1, 4)]
-    other = [_set("up", "conv_first"), _set_at("edge_operation", 0, 0, 0), _set_at("edge_active", 1, 0, 0)]
+    other = [
+        _set("up", "conv_first"),
+        _set("direct_skip", True),
+        _set_at("edge_operation", 0, 0, 0),
+        _set_at("edge_active", 1, 0, 0),
+    ]
     assert {digest_of(change) for change in same} == {genotype.digest()}
-    assert len({genotype.digest(), *(digest_of(change) for change in other)}) == 4
+    assert len({genotype.digest(), *(digest_of(change) for change in other)}) == 5
 
 
 @st.composite

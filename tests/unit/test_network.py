@@ -238,6 +238,21 @@ def test_the_order_of_going_up_changes_the_work_but_not_the_weights() -> None:
         assert not torch.allclose(reference(x), swift(x), atol=0.05)
 
 
+def test_the_direct_skip_adds_the_scan_at_full_resolution_to_what_the_head_sees() -> None:
+    genotype = random_genotype(3, depths=3, blocks=2)
+    plain, skipped = network_of(genotype), network_of(genotype.model_copy(update={"direct_skip": True}))
+    randomise(skipped)
+    weights = skipped.state_dict()
+    plain.load_state_dict({name: value for name, value in weights.items() if not name.startswith("direct")})
+    x, seen = scan(16, 16, 32), []
+    skipped.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    plain.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    skipped(x), plain(x)
+    direct = functional.instance_norm(functional.conv3d(x, weights["direct.conv.weight"], padding=1))
+    direct = direct * weights["direct.norm.weight"].view(-1, 1, 1, 1) + weights["direct.norm.bias"].view(-1, 1, 1, 1)
+    torch.testing.assert_close(seen[0] - seen[1], direct, rtol=1e-4, atol=1e-4)
+
+
 def test_a_reduction_sees_the_even_and_the_odd_voxels() -> None:
     piece = FactorizedReduce(1, 2)
     nn.init.ones_(piece.conv_even.weight)

@@ -8,11 +8,13 @@ import random
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import DiNTS
 from torch import Tensor, nn
 
+from dints_search.convolve import convolve
 from dints_search.cost import count_saved
 from dints_search.genotype import OPERATIONS, edges
 from dints_search.network import DiNTSNetwork
@@ -152,14 +154,25 @@ def test_a_search_step_keeps_two_thirds_of_what_it_keeps_for_monai() -> None:
     assert max(kept["ours"]) < 0.67 * max(kept["theirs"])
 
 
-def test_small_single_scans_are_convolved_in_groups_with_the_same_result() -> None:
+def test_small_single_scans_are_convolved_without_the_slow_path_with_the_same_result() -> None:
     network, x = supernet(), scan()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         found = network(x)
-    shapes = [event.input_shapes[:2] for event in profile.events() if event.name == "aten::mkldnn_convolution"]
-    grouped = [kernel for features, kernel in shapes if kernel[1] * 2 == features[1]]
-    assert len(grouped) > 3 * 7
+    slow = [event.input_shapes[:2] for event in profile.events() if event.name == "aten::slow_conv3d_forward"]
+    cells = [(features, kernel) for features, kernel in slow if kernel[0] == kernel[1]]
+    assert all(np.prod(kernel) > 2 * np.prod(features) for features, kernel in cells)
     torch.testing.assert_close(found, network.double()(x.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kernel", [(3, 3, 3), (3, 3, 1), (3, 1, 3), (1, 3, 3), (3, 1, 1), (1, 3, 1), (1, 1, 3), (1, 1, 1)]
+)
+@pytest.mark.parametrize("shape", [(1, 4, 6, 4, 8), (2, 4, 6, 4, 8), (1, 3, 3, 4, 5), (1, 1, 8, 8, 8)])
+def test_every_form_of_a_convolution_is_the_convolution(kernel: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(5, shape[1], *kernel)
+    expected = nn.functional.conv3d(x.double(), weight.double(), padding=[n // 2 for n in kernel])
+    torch.testing.assert_close(convolve(weight, x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_precision_stays_close_to_single_precision() -> None:
