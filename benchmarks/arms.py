@@ -21,7 +21,7 @@ from dints_search.conclude import conclude, report
 from dints_search.cost import CostTable, work_table
 from dints_search.evaluate import evaluate_run
 from dints_search.gap import GAP_FILE, GapTable, measure_retrained, read_gap, write_gap
-from dints_search.genotype import Genotype, read_genotype
+from dints_search.genotype import Genotype, parse_genotype, read_genotype
 from dints_search.matched import sample_within
 from dints_search.metrics import read_metrics
 from dints_search.profile import Counts, count
@@ -200,10 +200,18 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> Genotype:
 
 def _drawn(plan: Plan, arm: Arm, folder: Path) -> tuple[Genotype, int]:
     """Draw a random network of the target's work; the same arm draws the same one."""
-    target = read_genotype(plan.out / plan.target / "genotype.json")
+    target = _target(plan)
     rng = random.Random(f"{plan.target} {arm.group}")
     matched = sample_within(plan.space, rng, plan.work, plan.work.of(target), tolerance=TOLERANCE)
     return matched.genotype.model_copy(update={"up": target.up, "direct_skip": target.direct_skip}), matched.draws
+
+
+def _target(plan: Plan) -> Genotype:
+    """Return the network whose work the random ones match: of its run, or of its record where the run is gone."""
+    run = plan.out / plan.target / "genotype.json"
+    if run.exists():
+        return read_genotype(run)
+    return parse_genotype(json.dumps(read_record(plan.records / f"{plan.target}.json").genotype))
 
 
 def _cost(counts: Counts) -> dict[str, float]:

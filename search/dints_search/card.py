@@ -26,9 +26,9 @@ $scores
 
 - Task $task: $cases training cases of fold $fold. Their ids and digests are in `entry.toml`; `evaluate` refuses them.
   No choice was made on the other cases of the fold, which the scores above are measured on.
-- The DiNTS network of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
+- $members of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
   $gmac GMAC for a window of $window voxels.
-- $steps steps of $batch patches, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
+- $steps steps of $batch patches each, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
   The weights are the running average (EMA $ema) after the last step.
 - Code of the training: commit `$commit`.
 - Exported to ONNX; the largest difference of a logit to torch, over both CPU engines, is $parity (`parity.json`).
@@ -36,11 +36,13 @@ $scores
 ## Repeat it
 
 ```
-dints-deploy retrain --genotype zoo/$name/genotype.json --task $task --data $task \\
-    --fold $fold --seed $seed --out runs/$name
-dints-deploy publish --run runs/$name --name $name --data $task --out my-zoo
+$retrain
+dints-deploy publish $runs --name $name --data $task --out my-zoo
 ```
 """)
+
+MEMBERS: Final = ("The DiNTS network", "The mean of the logits of {} DiNTS networks, each that")
+"""What runs: one network, or an ensemble."""
 
 
 def write_card(
@@ -67,8 +69,9 @@ def write_card(
         licence=spec.licence,
         scores=_scores(spec, metrics),
         task=config.recipe.task,
-        cases=len(config.cases),
-        fold=", ".join(str(c.fold) for c in configs),
+        cases=len({case for c in configs for case in c.cases}),
+        members=MEMBERS[len(configs) > 1].format(len(configs)),
+        fold=", ".join(dict.fromkeys(str(c.fold) for c in configs)),
         multiplier=f"{retraining.channel_multiplier:g}",
         parameters=f"{size[0] / 1e6:.2f}",
         gmac=f"{size[1]:.2f}",
@@ -81,6 +84,24 @@ def write_card(
         ema=f"{retraining.ema:g}",
         commit=config.commit,
         parity=f"{worst:.2g}",
+        retrain="\n".join(
+            _retrain(spec.name, c, run) for c, run in zip(configs, _runs(spec.name, configs), strict=True)
+        ),
+        runs=" ".join(f"--run {run}" for run in _runs(spec.name, configs)),
+    )
+
+
+def _runs(name: str, configs: list[RunConfig]) -> list[str]:
+    """Return where the runs that repeat an entry's members go."""
+    return [f"runs/{name}"] if len(configs) == 1 else [f"runs/{name}-{n}" for n in range(len(configs))]
+
+
+def _retrain(name: str, config: RunConfig, run: str) -> str:
+    """Return the command that trains a member again."""
+    task = config.recipe.task
+    return (
+        f"dints-deploy retrain --genotype zoo/{name}/genotype.json --task {task} --data {task} \\\n"
+        f"    --fold {config.fold} --seed {config.seed} --out {run}"
     )
 
 

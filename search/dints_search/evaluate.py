@@ -26,7 +26,7 @@ def entry_of(configs: list[RunConfig], name: str, version: str = "0.0.0") -> Ent
     Raises:
         UsageError: `usage` when the name or the version is not one that an entry may have.
     """
-    recipe = configs[0].recipe
+    recipe, folds = configs[0].recipe, {config.fold for config in configs}
     files = [MODEL_FILE] if len(configs) == 1 else [f"model{n}.onnx" for n in range(len(configs))]
     try:
         return Entry(
@@ -50,7 +50,7 @@ def entry_of(configs: list[RunConfig], name: str, version: str = "0.0.0") -> Ent
             postprocess=recipe.postprocess,
             training=Training(
                 task=recipe.task,
-                fold=configs[0].fold if len(configs) == 1 else None,
+                fold=configs[0].fold if len(folds) == 1 else None,
                 cases={case: digest for config in configs for case, digest in config.cases.items()},
                 commit=configs[0].commit,
             ),

@@ -257,10 +257,22 @@ def test_two_runs_make_an_ensemble_that_was_measured_on_nothing_it_saw(place: Pa
     assert set(entry.spec.training.cases) == {case.id for case in read_dataset(place / "task").cases}
     written = json.loads((entry.folder / "metrics.json").read_text())
     assert written["summary"] is None
-    assert "no unbiased score" in (entry.folder / "card.md").read_text()
+    card = (entry.folder / "card.md").read_text()
+    assert "no unbiased score" in card
+    assert "--fold 0 --seed 0 --out runs/pair-0" in card
+    assert "--fold 1 --seed 0 --out runs/pair-1" in card
+    assert "--run runs/pair-0 --run runs/pair-1 --name pair" in card
     scan = place / "task" / "imagesTr" / "ball_000.nii.gz"
     said = run_cli("segment", scan, "--model", str(entry.folder), "-o", tmp_path / "o.nii.gz", "--json")
     assert len(json.loads(said.out)["cases"][0]["model"]["weights_sha256"]) == 2
+
+
+def test_an_ensemble_of_one_fold_keeps_its_fold(place: Path) -> None:
+    config, _ = trained_network(place / "run0")
+    other, _ = trained_network(place / "run1")
+    again = config.model_copy(update={"seed": 7})
+    folds = [entry_of(list(configs), "x").training for configs in ((config, again), (config, other))]
+    assert [training.fold for training in folds if training] == [0, None]
 
 
 def test_what_cannot_be_published_is_refused_and_leaves_nothing(place: Path) -> None:
