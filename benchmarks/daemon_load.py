@@ -1,9 +1,10 @@
 """How fast objects come in, against DCMTK's storescp and Orthanc, and what the daemon adds to a study.
 
-    python -m benchmarks.daemon_load [--instances 200] [--rounds 3] [--studies 10]
+    python -m benchmarks.daemon_load [--instances 240] [--rounds 5] [--studies 10]
 
 CT objects of 512x512 are sent by 1 and by 8 `dcmsend` to each receiver in turn, in one run; only ours makes every
-object durable before it answers. Then studies are sent one after the other, and the time from the last slice to the
+object durable before it answers. The order changes from round to round, and what one left to be written is written
+before the next begins. Then studies are sent one after the other, and the time from the last slice to the
 result in a folder is taken, without the engine's seconds and the configured silence. Writes
 benchmarks/results/daemon_load.json.
 """
@@ -11,6 +12,7 @@ benchmarks/results/daemon_load.json.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -98,8 +100,9 @@ def intake(folder: Path, instances: int, rounds: int) -> dict[str, dict[int, lis
     """Return instances per second: receiver -> senders -> one figure for each round."""
     sources = scans(folder / "scans", instances)
     rates: dict[str, dict[int, list[float]]] = {name: {senders: [] for senders in SENDERS} for name in RECEIVERS}
-    for _ in range(rounds):
-        for name in RECEIVERS:
+    names = list(RECEIVERS)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             for senders in SENDERS:
                 rate = measure(name, folder / "receiver", sources[senders], instances // senders * senders)
                 rates[name][senders].append(rate)
@@ -109,6 +112,7 @@ def intake(folder: Path, instances: int, rounds: int) -> dict[str, dict[int, lis
 
 def measure(name: str, place: Path, folders: Sequence[Path], sent: int) -> float:
     """Return the instances per second of one receiver, once it holds them all."""
+    os.sync()
     with RECEIVERS[name](place) as receiver:
         seconds = push(folders, receiver.port)
         wait_until(lambda: receiver.count() == sent, what=f"{name}: {sent} objects")
@@ -147,8 +151,8 @@ def engine_seconds(site: Site) -> float:
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instances", type=int, default=200, help="objects for each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--instances", type=int, default=240, help="objects for each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--studies", type=int, default=10)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="daemon-load-") as folder:

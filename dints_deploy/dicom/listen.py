@@ -117,6 +117,7 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # the library h
         self.reception, self.folder, self.bounds, self.tls = reception, folder, bounds, tls
         handlers = [
             (evt.EVT_REQUESTED, _negotiate),
+            (evt.EVT_CONN_CLOSE, _wake),
             (evt.EVT_N_EVENT_REPORT, _report),
         ]
         super().__init__(entity, address, "DINTS_DEPLOY", [], None, handlers, _Handler)
@@ -224,6 +225,14 @@ def _negotiate(event: evt.Event) -> None:
         if known and _is_offered(context.abstract_syntax):
             syntaxes.setdefault(context.abstract_syntax, []).extend(known)
     association.acceptor.supported_contexts = list(_contexts(syntaxes))
+
+
+def _wake(event: evt.Event) -> None:
+    """Let an association end at once whose connection closed before it asked for anything: a port scan, a look whether
+    the port is open. The library would wait for its request, and hold a place that others need."""
+    association = event.assoc
+    if association.requestor.primitive is None and association.dul.to_user_queue.empty():
+        association.dul.to_user_queue.put(None)
 
 
 def _is_offered(abstract_syntax: str) -> bool:

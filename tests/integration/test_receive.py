@@ -230,6 +230,16 @@ def test_silent_connections_keep_nobody_out(made: Certificates, tmp_path: Path) 
             one.close()
 
 
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.0\r\n\r\n", b"\1\0", b"\1\0\0\0\1\0abc", os.urandom(300)])
+def test_who_only_looks_whether_the_port_is_open_takes_nobodys_place(said: bytes, tmp_path: Path) -> None:
+    with receiving(tmp_path, associations=4) as appliance:
+        for _ in range(12):
+            with socket.create_connection(("127.0.0.1", appliance.port), 5) as connection:
+                connection.sendall(said)
+        wait_until(lambda: appliance.receiver.associations == 0, seconds=3.0)
+        echo(appliance.remote())
+
+
 def test_a_connection_too_many_is_told_to_come_later(tmp_path: Path) -> None:
     with receiving(tmp_path, associations=2) as appliance:
         with association(appliance.port), association(appliance.port):
