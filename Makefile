@@ -38,6 +38,8 @@ check: $(VENV)/done
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+BY_FILE := --dist loadfile --no-loadscope-reorder
+
 GPU_CODE := $(addprefix dints_deploy/runtime/,cuda.py tensorrt_log.py tensorrt_build.py tensorrt_engine.py) tests/gpu
 
 stubs: typings/tensorrt
@@ -53,11 +55,11 @@ test-gpu: $(VENV)/done
 	$(VENV)/bin/pytest tests/gpu
 
 # Apart from each other, so that native code that fails in one group (three engines beside torch) cannot take another
-# with it.
+# with it. The second group waits for daemons and timers more than it computes; its longest files come first.
 test: check
 	$(VENV)/bin/pytest tests/contract tests/gpu
-	$(VENV)/bin/pytest tests/acceptance tests/architecture tests/integration
-	$(VENV)/bin/pytest tests/unit -n 2 --dist loadfile
+	$(VENV)/bin/pytest tests/acceptance tests/architecture tests/integration -n 3 $(BY_FILE)
+	$(VENV)/bin/pytest tests/unit -n 2 $(BY_FILE)
 
 format: $(VENV)/done
 	$(VENV)/bin/ruff check --fix-only .

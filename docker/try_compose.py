@@ -2,9 +2,9 @@
 
 python -m docker.try_compose [--record]
 
-It needs an engine, its compose (the plug-in, or docker-compose in the PATH), DCMTK, ports 11112 and 8042, and the image
-dints-deploy:latest; Orthanc's image is the one of compose.yaml, or that of ORTHANC_IMAGE. The project gets a name and
-volumes of its own, which are removed in the end, and a password of its own.
+It needs an engine, compose (the plug-in, or the one that the tests have in their environment), DCMTK, ports 11112 and
+8042, and the image dints-deploy:latest; Orthanc's image is the one of compose.yaml, or that of ORTHANC_IMAGE. The
+project gets a name, a password and volumes of its own; all are removed in the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -27,10 +28,9 @@ from typing import Any
 
 from benchmarks.machine import write
 from tests.peers import wait_until
-from tests.real_study import write_study
 
 HERE = Path(__file__).parent
-SCAN = HERE.parent / "tests" / "data" / "Task04_Hippocampus" / "imagesTr" / "hippocampus_038.nii.gz"
+STUDIES = HERE.parent / "tests" / "data" / "scans" / "brain-studies"
 PROJECT = "dints-deploy-try"
 PAGE = "http://127.0.0.1:8042"
 KINDS = ["OT", "SEG", "SR"]
@@ -93,7 +93,7 @@ def main() -> None:
 
 def tried(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield what was found: a few words, and the figure."""
-    compose = ("docker", "compose") if has_plugin() else ("docker-compose",)
+    compose = ("docker", "compose") if has_plugin() else (str(Path(sys.executable).parent / "docker-compose"),)
     engine = call("docker", "version", "--format", "{{.Server.Version}}").strip()
     yield "engine and compose", f"{engine}, {call(*compose, 'version', '--short').strip()}"
     with stack(folder, compose) as one:
@@ -101,13 +101,11 @@ def tried(folder: Path) -> Iterator[tuple[str, str]]:
         refused = page_status("/instances")
         assert refused == 401, refused
         yield "Orthanc's page without the password", f"answers {refused}"
-        yield (
-            "a study by storescu",
-            f"{', '.join(KINDS)} in Orthanc's page {sent(one, folder / 'first', times=1):.0f} s later",
-        )
+        seconds = sent(one, "study-1", times=1)
+        yield "a study by storescu", f"{', '.join(KINDS)} in Orthanc's page {seconds:.0f} s later"
         ours = one.container("dints-deploy")
         call("docker", "exec", ours, "sh", "-c", HANG)
-        seconds = sent(one, folder / "second", times=2)
+        seconds = sent(one, "study-3", times=2)
         assert False in one.checks()
         waited(lambda: one.health() == "healthy" and one.checks()[-1])
         yield (
@@ -121,11 +119,10 @@ def tried(folder: Path) -> Iterator[tuple[str, str]]:
         yield "stop", f"exit status {status} of the daemon, {time.monotonic() - begin:.0f} s"
 
 
-def sent(one: Stack, folder: Path, *, times: int) -> float:
+def sent(one: Stack, study: str, *, times: int) -> float:
     """Send a study and return the seconds until Orthanc has the results of all that were sent."""
-    write_study(SCAN, folder, seed=times)
     begin = time.monotonic()
-    call("storescu", "-aet", "ME", "-aec", "DINTS", "+sd", "+r", "localhost", "11112", str(folder))
+    call("storescu", "-aet", "ME", "-aec", "DINTS", "+sd", "+r", "localhost", "11112", str(STUDIES / study))
     waited(lambda: one.results() == sorted(KINDS * times))
     return time.monotonic() - begin
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from tests.peers import free_port
 
 
 def needs(*programs: str) -> None:
@@ -81,12 +82,6 @@ def store(port: int, paths: Sequence[Path]) -> None:
 def instance(address: str, uid: str) -> str:
     (stored,) = json.loads(ask(f"{address}/tools/lookup", uid.encode()))
     return str(stored["ID"])
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def wait_for(address: str) -> None:

@@ -18,7 +18,6 @@ import pytest
 from tests.nifti_files import nifti
 from tests.peers import wait_until
 from tests.phantoms import affine
-from tests.real_study import write_study
 
 ROOT = Path(__file__).parents[2]
 TASK = ROOT / "tests" / "data" / "Task04_Hippocampus"
@@ -96,15 +95,13 @@ def why_not(command: str) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the documents speak of."""
     folder = tmp_path_factory.mktemp("documents")
-    for name in ("scan", "a", "b"):
-        shutil.copy(SCAN, folder / f"{name}.nii.gz")
+    shutil.copy(SCAN, folder / "scan.nii.gz")
     head = np.random.default_rng(0).integers(0, 900, (176, 40, 40)).astype(np.int16)
     (folder / "head.nii").write_bytes(nifti(head, sform=affine(spacing=(1, 1, 1))))
     subprocess.run(["gzip", folder / "head.nii"], check=True)
-    write_study(SCAN, folder / "study", seed=1)
-    (folder / "Task04_Hippocampus").symlink_to(TASK)
     (folder / "MyTask").symlink_to(TASK)
-    (folder / "zoo").symlink_to(ROOT / "zoo")
+    for name in ("zoo", "tests"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 

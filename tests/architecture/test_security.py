@@ -71,6 +71,12 @@ def test_nothing_that_runs_code_or_reads_xml_is_used() -> None:
     assert found == []
 
 
+def test_nothing_is_written_as_svg_or_csv() -> None:
+    """Formats in which a text of a study could act; what a person opens is HTML and PNG. Commands only name inputs."""
+    writers = {path.name: path.read_text() for path in APPLIANCE if path.parent.name != "cli"}
+    assert [name for name, text in writers.items() for word in (".svg", "svg+xml", ".csv") if word in text] == []
+
+
 def test_sql_is_never_put_together_from_values() -> None:
     """Statements lie in .sql files or are constants; a PRAGMA takes no parameters, only constants."""
     found = []

@@ -128,6 +128,11 @@ def test_a_memory_limit_is_kept_in_blocks_with_the_same_labels(tmp_path: Path) -
     assert bytes_written[0] == bytes_written[1]
 
 
+def default_interrupt() -> None:
+    """Undo what a shell does to what it starts in the background, the tests perhaps: it ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
 def test_ctrl_c_in_the_middle_of_a_run_ends_it_and_leaves_nothing(
     engine: str, machine: Machine, tmp_path: Path
@@ -139,6 +144,7 @@ def test_ctrl_c_in_the_middle_of_a_run_ends_it_and_leaves_nothing(
         env=machine.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=default_interrupt,
     )
     while not (tmp_path / "out").exists():  # made just before the run
         assert process.poll() is None

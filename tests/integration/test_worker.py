@@ -105,7 +105,7 @@ def test_a_damaged_object_and_an_unknown_entry_are_answers_not_crashes(
 
 ENDS = [
     ("work-inputs:1:kill", {}, "worker-crashed", "signal 9"),
-    ("work-inputs:1:hang", {"silence_seconds": 3.0}, "worker-hung", "no sign of life|sign of life"),
+    ("work-inputs:1:hang", {"silence_seconds": 6.0}, "worker-hung", "no sign of life|sign of life"),
     ("work-inputs:1:pause", {"job_seconds": 4.0}, "worker-hung", "within 4 s"),
 ]
 

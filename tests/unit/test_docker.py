@@ -100,6 +100,14 @@ def test_compose_keeps_the_daemon_confined_and_its_files_exist() -> None:
     assert "docker/secrets" in (ROOT / ".gitignore").read_text()
 
 
+@pytest.mark.parametrize("more", [[], ["compose.gpu.yaml"]], ids=["CPU", "GPU"])
+def test_compose_itself_takes_the_files_without_a_warning(more: list[str]) -> None:
+    program = Path(sys.executable).parent / "docker-compose"
+    files = [word for name in ["compose.yaml", *more] for word in ("--file", str(DOCKER / name))]
+    done = subprocess.run([program, *files, "config", "--quiet"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_secrets_are_made_once_and_never_the_same_and_the_containers_can_read_their_files(tmp_path: Path) -> None:
     passwords = set()
     for number in range(2):
