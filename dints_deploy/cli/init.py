@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
-from dints_deploy.cli.console import JsonOption, failing, say, say_json
+from dints_deploy.cli.console import JsonOption, failing, say, say_error, say_json
 from dints_deploy.errors import UsageError
+
+T = TypeVar("T")
 
 
 def init_command(
@@ -32,12 +35,12 @@ def init_command(
 
         default = Answers()
         answers = Answers(
-            data_dir=Path(_answer("Data folder", data_dir, default.data_dir)).absolute(),
-            ae_title=_answer("Our AE title", ae_title, default.ae_title),
-            port=int(_answer("Port", port, default.port)),
-            callers=caller or _answer("AE titles that may send, * for all", None, "*").replace(",", " ").split(),
-            entry=_answer("Zoo entry", entry, default.entry),
-            pacs=_pacs(_answer("PACS for results (TITLE@HOST:PORT), or none", pacs, "none")),
+            data_dir=_answer("Data folder", data_dir, default.data_dir, Path).absolute(),
+            ae_title=_answer("Our AE title", ae_title, default.ae_title, str),
+            port=_answer("Port", port, default.port, _port),
+            callers=caller or _answer("AE titles that may send, * for all", None, "*", _titles),
+            entry=_answer("Zoo entry", entry, default.entry, str),
+            pacs=_answer("PACS for results (TITLE@HOST:PORT), or none", pacs, "none", _pacs),
             folder=None if folder is None else folder.absolute(),
         )
         config = write_initial(output, answers)
@@ -47,13 +50,25 @@ def init_command(
             say(f"wrote {output}: read it, then run dints-deploy watch --config {output}")
 
 
-def _answer(question: str, given: object | None, default: object) -> str:
-    """Return what an option gave, else what a person on the terminal says, else the default."""
-    if given is not None:
-        return str(given)
-    if not sys.stdin.isatty():
-        return str(default)
-    return str(typer.prompt(question, default=str(default), err=True))
+def _answer(question: str, given: object | None, default: object, read: Callable[[str], T]) -> T:
+    """Return what an option gave, else what a person at a terminal says once it makes sense, else the default."""
+    if given is not None or not sys.stdin.isatty():
+        return read(str(default if given is None else given))
+    while True:
+        try:
+            return read(str(typer.prompt(question, default=str(default), err=True)))
+        except UsageError as error:
+            say_error(error)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
+        raise UsageError("usage", f"expected a port from 1 to 65535, found {text}: for example 11112")
+    return int(text)
+
+
+def _titles(text: str) -> list[str]:
+    return text.replace(",", " ").split()
 
 
 def _pacs(text: str) -> tuple[str, str, int] | None:
@@ -61,6 +76,6 @@ def _pacs(text: str) -> tuple[str, str, int] | None:
         return None
     title, _, place = text.partition("@")
     host, _, port = place.rpartition(":")
-    if not (title and host and port.isdigit()):
-        raise UsageError("usage", f"expected --pacs TITLE@HOST:PORT, found {text}: for example PACS@10.1.2.3:104")
-    return title, host, int(port)
+    if not (title and host):
+        raise UsageError("usage", f"expected a PACS as TITLE@HOST:PORT, found {text}: for example PACS@10.1.2.3:104")
+    return title, host, _port(port)
