@@ -41,7 +41,7 @@ killed afterwards; every revision of a study has one current result at every des
 with the same bytes; nothing stays stuck without a reason code; the audit trail has no gap. What is not: a disk that
 loses what it said was written; damage within a row's text, which SQLite's check of its pages does not see.
 """,
-    "images": f"""# Images, measured
+    "images": f"""# Installations, measured
 
 {MADE} How they are built and run
 is described in [install.md](install.md). Seconds of a build are those of a busy machine and its network.

@@ -9,7 +9,7 @@ from typing import Final
 
 MEBIBYTE: Final = 1 << 20
 SYSTEM: Final = "Debian and Python"
-ALIASES: Final = {"PIL": "pillow", "dints_search": "dints_deploy, the workshop", "_zoo": "the zoo"}
+ALIASES: Final = {"PIL": "pillow", "_gdcm": "gdcm", "dints_search": "dints_deploy, the workshop", "_zoo": "the zoo"}
 
 
 def parts(root: Path) -> dict[str, int]:
