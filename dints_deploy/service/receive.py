@@ -172,14 +172,17 @@ class Port:
         """Say why an association is not let in."""
         title = self._titles.get(peer.called)
         if title is None:
-            return self._refuse(peer, CALLED_UNKNOWN, "called")
-        if not may_come_from(title, peer.address) or not may_call(title, peer.calling):
-            return self._refuse(peer, CALLING_UNKNOWN, "caller")
+            return self._refuse(peer, CALLED_UNKNOWN, "called", "no title of this port was called")
+        if not may_come_from(title, peer.address):
+            return self._refuse(peer, CALLING_UNKNOWN, "caller", "the title is not called from this address")
+        if not may_call(title, peer.calling):
+            return self._refuse(peer, CALLING_UNKNOWN, "caller", "its AE title is not among the callers")
         return None
 
-    def _refuse(self, peer: Peer, rejection: Rejection, what: str) -> Rejection:
+    def _refuse(self, peer: Peer, rejection: Rejection, what: str, why: str) -> Rejection:
         """Log a caller that is not let in, by its address: it may send any text as its AE title."""
-        LOGGER.warning("refused an association", extra={"action": f"unknown_{what}", "address": peer.address})
+        fields = {"action": f"unknown_{what}", "address": peer.address, "why": why}
+        LOGGER.warning("refused an association", extra=fields)
         return rejection
 
     def check_room(self) -> None:
