@@ -178,12 +178,14 @@ def _show_all(cases: list[PlannedCase], results: list[Outcome | DintsError]) -> 
 
 def _show(case: PlannedCase, outcome: Outcome) -> None:
     record = outcome.record
-    engine, model = record["engine"], record["model"]
+    engine, model, series = record["engine"], record["model"], record.get("series", {})
     volumes = ", ".join(f"{s['name']} {s['volume_ml']:.3f} mL" for s in record["structures"])
     lines = [
         f"{case.name}: {volumes}",
         f"  {model['entry']} {model['version']}, {engine['name']} {engine['precision']} ({engine['why']})",
-        *[f"  not taken: {line}" for line in record.get("series", {}).get("not_chosen", [])],
+        *[f"  taken: {line}" for line in series.get("taken", [])],
+        *[f"  not taken: {line}" for line in series.get("not_chosen", [])],
+        *[f"  {line}" for line in series.get("handled", [])],
         *[f"  {path}" for path in outcome.files.values()],
         f"  {RESEARCH_USE}",
     ]

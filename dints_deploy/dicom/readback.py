@@ -40,7 +40,7 @@ def seg_frames(seg: Any) -> Iterator[WrittenFrame]:
         ValueError, AttributeError, ...: those of pydicom for an object that is none.
     """
     count, rows, columns = int(seg.NumberOfFrames), int(seg.Rows), int(seg.Columns)
-    pixels = _pixels(seg, count * rows * columns).reshape(count, rows, columns)
+    pixels = _frames(seg, count, rows * columns)
     shared = seg.SharedFunctionalGroupsSequence[0]
     if len(seg.PerFrameFunctionalGroupsSequence) != count:
         raise ValueError("expected functional groups for every frame")
@@ -50,7 +50,7 @@ def seg_frames(seg: Any) -> Iterator[WrittenFrame]:
         cosines = _macro(sets, "PlaneOrientationSequence").ImageOrientationPatient
         spacing = _macro(sets, "PixelMeasuresSequence").PixelSpacing
         source = _macro((_macro(sets, "DerivationImageSequence"),), "SourceImageSequence")
-        segments = frame.astype(np.uint16)
+        segments = frame.reshape(rows, columns).astype(np.uint16)
         if seg.SOPClassUID != LABELMAP_CLASS:
             segments *= int(_macro(sets, "SegmentIdentificationSequence").ReferencedSegmentNumber)
         name = str(source.ReferencedSOPInstanceUID), int(source.get("ReferencedFrameNumber", 1)) - 1
@@ -108,12 +108,20 @@ def header_affine(header: SliceHeader) -> NDArray[np.float64]:
 def inside(polygon: NDArray[np.floating[Any]], shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Return which pixel centres (rows, columns) lie inside a polygon (n, 2) of columns and rows: odd crossings."""
     filled = np.zeros(shape, dtype=bool)
-    left, top = np.maximum(np.ceil(polygon.min(axis=0)), 0).astype(int)
-    right, bottom = np.minimum(np.floor(polygon.max(axis=0)) + 1, [shape[1], shape[0]]).astype(int)
-    if left < right and top < bottom:  # only the part that the polygon reaches
-        part = filled[top:bottom, left:right]
-        part[:] = _odd_crossings(polygon - np.array([left, top]), *part.shape)
+    box, part = inside_box(polygon, shape)
+    filled[box] = part
     return filled
+
+
+def inside_box(
+    polygon: NDArray[np.floating[Any]], shape: tuple[int, int]
+) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """Return the part of a plane (rows, columns) that a polygon reaches, and which of its pixel centres are inside."""
+    left, top = np.maximum(np.ceil(polygon.min(axis=0)), 0).astype(int).tolist()
+    right, bottom = np.minimum(np.floor(polygon.max(axis=0)) + 1, [shape[1], shape[0]]).astype(int).tolist()
+    right, bottom = max(left, right), max(top, bottom)
+    part = _odd_crossings(polygon - np.array([left, top]), bottom - top, right - left)
+    return (slice(top, bottom), slice(left, right)), part
 
 
 def _odd_crossings(polygon: NDArray[np.floating[Any]], rows: int, columns: int) -> NDArray[np.bool_]:
@@ -131,11 +139,18 @@ def _odd_crossings(polygon: NDArray[np.floating[Any]], rows: int, columns: int) 
     return np.bitwise_xor.accumulate(flips, axis=1)[:, :columns].astype(bool)
 
 
-def _pixels(seg: Any, count: int) -> NDArray[Any]:
-    data = bytes(seg.PixelData)
-    if seg.BitsAllocated == 1:  # packed, first pixel in the lowest bit (PS3.5 8.1.1)
-        return np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")[:count]
-    return np.frombuffer(data, dtype=f"<u{int(seg.BitsAllocated) // 8}")[:count]
+def _frames(seg: Any, count: int, size: int) -> Iterator[NDArray[Any]]:
+    """Yield the values of one frame after the other: all together, unpacked, take eight times the file."""
+    if seg.BitsAllocated != 1:
+        values = np.frombuffer(seg.PixelData, dtype=f"<u{int(seg.BitsAllocated) // 8}")
+        yield from values[: count * size].reshape(count, size)
+        return
+    packed = np.frombuffer(seg.PixelData, dtype=np.uint8)  # first pixel in the lowest bit (PS3.5 8.1.1)
+    if packed.size * 8 < count * size:
+        raise ValueError("expected the pixels of every frame")
+    for first in range(0, count * size, size):  # a frame may begin within a byte
+        bits = np.unpackbits(packed[first // 8 : (first + size + 7) // 8], bitorder="little")
+        yield bits[first % 8 : first % 8 + size]
 
 
 def _macro(sets: tuple[Any, ...], keyword: str) -> Any:

@@ -12,6 +12,7 @@ from pydicom.charset import default_encoding
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
+from scipy.ndimage import find_objects
 
 from dints_deploy.dicom.contour import Polygon, outlines
 from dints_deploy.dicom.header import Plane
@@ -19,6 +20,9 @@ from dints_deploy.dicom.objects import CONTENT_DESCRIPTION, building, code_item,
 from dints_deploy.dicom.readback import header_affine
 from dints_deploy.dicom.result import DicomResult
 from dints_deploy.dicom.selfcheck import check_rtstruct
+
+Boxes = list[tuple[slice, slice] | None]
+"""Where each segment lies in a plane, rows and columns; None for those that do not."""
 
 RTSTRUCT_CLASS: Final = "1.2.840.10008.5.1.4.1.1.481.3"
 STUDY_CLASS: Final = "1.2.840.10008.3.1.2.3.1"
@@ -62,7 +66,8 @@ def build_rtstruct(result: DicomResult) -> Dataset:
     plan.ReferencedFrameOfReferenceSequence = [_frame_of_reference(result)]
     numbers = range(1, len(result.entry.labels) + 1)
     plan.StructureSetROISequence = [_roi(number, result) for number in numbers]
-    plan.ROIContourSequence = [_contours(number, result) for number in numbers]
+    boxes = [find_objects(plane, len(numbers)) for plane in result.segments]
+    plan.ROIContourSequence = [_contours(number, result, boxes) for number in numbers]
     plan.RTROIObservationsSequence = [_observation(number, result) for number in numbers]
     plan.ApprovalStatus = "UNAPPROVED"
     return stamp(plan, result, "rtstruct", f"Structures {result.entry.name}")
@@ -103,7 +108,7 @@ def _observation(number: int, result: DicomResult) -> Dataset:
     return observation
 
 
-def _contours(number: int, result: DicomResult) -> Dataset:
+def _contours(number: int, result: DicomResult, boxes: Sequence[Boxes]) -> Dataset:
     """Return the contours of a ROI, plane by plane (PS3.3 C.8.8.6)."""
     roi = Dataset()
     roi.ReferencedROINumber = number
@@ -111,22 +116,20 @@ def _contours(number: int, result: DicomResult) -> Dataset:
     if number not in result.present:
         return roi
     contours = []
-    for plane, segments in zip(result.planes, result.segments, strict=True):
+    for plane, segments, reach in zip(result.planes, result.segments, boxes, strict=True):
         affine = header_affine(plane.header)
-        for polygon in _polygons(segments, number):
+        for polygon in _polygons(segments, number, reach[number - 1]):
             contours.append(_contour(plane, polygon @ affine[:3, :2].T + affine[:3, 3]))
     roi.ContourSequence = contours
     return roi
 
 
-def _polygons(segments: NDArray[Any], number: int) -> Sequence[Polygon]:
+def _polygons(segments: NDArray[Any], number: int, box: tuple[slice, slice] | None) -> Sequence[Polygon]:
     """Return the outlines of one segment, searched in its own box only."""
-    rows, columns = np.nonzero(segments == number)
-    if not rows.size:
+    if box is None:
         return []
-    top, left = int(rows.min()), int(columns.min())
-    box = segments[top : int(rows.max()) + 1, left : int(columns.max()) + 1] == number
-    return [polygon + np.array([left, top]) for polygon in outlines(box)]
+    corner = np.array([box[1].start, box[0].start])
+    return [polygon + corner for polygon in outlines(segments[box] == number)]
 
 
 def _contour(plane: Plane, points: NDArray[np.float64]) -> Dataset:

@@ -19,7 +19,8 @@ from pydicom.dataset import Dataset
 
 from dints_deploy.dicom.bounded import INVALID_FILE, quiet
 from dints_deploy.dicom.header import LPS_TO_RAS
-from dints_deploy.dicom.readback import header_affine, inside, rtstruct_polygons, seg_planes
+from dints_deploy.dicom.read import as_planes
+from dints_deploy.dicom.readback import header_affine, inside_box, rtstruct_polygons, seg_planes
 from dints_deploy.dicom.result import DicomResult
 from dints_deploy.errors import OutputError
 
@@ -71,10 +72,12 @@ def check_rtstruct(path: Path, result: DicomResult) -> None:
         to_plane = np.linalg.inv(affines[name])
         local = corners @ to_plane[:3, :3].T + to_plane[:3, 3]
         _expect(float(np.abs(local[:, 2]).max()) <= SAME_PLACE_MM, "RTSTRUCT", "a contour lies beside its source plane")
-        plane = written.setdefault(name, np.zeros(shape, dtype=np.uint16))
-        filled = inside(local[:, :2], (shape[0], shape[1]))
-        _expect(not plane[filled].any(), "RTSTRUCT", "contours overlap")
-        plane[filled] = number
+        if name not in written:
+            written[name] = np.zeros(shape, dtype=np.uint16)
+        box, filled = inside_box(local[:, :2], (shape[0], shape[1]))
+        part = written[name][box]
+        _expect(not part[filled].any(), "RTSTRUCT", "contours overlap")
+        part[filled] = number
     _compare("RTSTRUCT", {name: (affines[name], plane) for name, plane in written.items()}, result)
 
 
@@ -95,7 +98,7 @@ def _compare(
     numbers = {label.value: number for number, label in enumerate(result.entry.labels, start=1)}
     highest = int(result.labels.data.max())
     table = np.array([numbers.get(value, 0) for value in range(highest + 1)], dtype=np.uint16)
-    mask = np.ascontiguousarray(result.labels.data[0].transpose(2, 1, 0))  # (K, J, I), as planes lie in memory
+    mask = as_planes(result.labels.data[0])  # (K, J, I)
     to_voxel = np.linalg.inv(result.labels.affine) @ LPS_TO_RAS
     nothing = np.zeros(result.segments.shape[1:], dtype=np.uint16)
     found = 0

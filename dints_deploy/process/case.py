@@ -223,4 +223,5 @@ def _about_series(source: Source) -> dict[str, Any]:
         return {}
     chosen = {name: volume.series.label for name, volume in source.dicom.items()}
     findings = [str(item) for volume in source.dicom.values() for item in volume.report.findings]
-    return {"series": {"chosen": chosen, "not_chosen": list(source.not_chosen), "findings": findings}}
+    lines = {"taken": list(source.taken), "not_chosen": list(source.not_chosen), "handled": list(source.handled)}
+    return {"series": {"chosen": chosen, **lines, "findings": findings}}

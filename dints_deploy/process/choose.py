@@ -37,6 +37,11 @@ class Choice:
     policy: Policy
     not_chosen: tuple[str, ...]
 
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Return how each series is called, for people: number, short hash and description."""
+        return tuple(dict.fromkeys(_name(series) for series in self.series.values()))
+
 
 def policy_of(geometry: GeometryPolicy) -> Policy:
     """Return the gate's policy that an entry declares.

@@ -43,14 +43,18 @@ class Source:
         modality: DICOM Modality; None where the file does not say.
         digests: channel name -> SHA-256 of the file, or of the series' files in order.
         dicom: channel name -> series, for outputs in the source's geometry; empty for NIfTI.
+        taken: how the chosen series are called, for people.
         not_chosen: why the other series of a study were not taken, a line each.
+        handled: what the gate found unusual about the chosen series and what the entry does about it, a line each.
     """
 
     scan: Volume
     modality: str | None
     digests: dict[str, str]
     dicom: dict[str, DicomVolume]
+    taken: tuple[str, ...] = ()
     not_chosen: tuple[str, ...] = ()
+    handled: tuple[str, ...] = ()
 
 
 def read_source(
@@ -211,7 +215,17 @@ def _from_choice(choice: Choice, decoders: Decoders | None) -> Source:
     _check_frames(read)
     scan = _stacked({name: volume.volume for name, volume in read.items()})
     modality = next(iter(choice.series.values())).Modality
-    return Source(scan, modality, digests, read, choice.not_chosen)
+    return Source(scan, modality, digests, read, choice.taken, choice.not_chosen, _handled(read, choice))
+
+
+def _handled(volumes: Mapping[str, DicomVolume], choice: Choice) -> tuple[str, ...]:
+    """Return a line for every warning and for every finding that would be refused but for the entry's policy."""
+    from dints_deploy.dicom.findings import Severity
+
+    grave = [item for volume in volumes.values() for item in volume.report.findings if item.severity != Severity.NOTE]
+    done = {"accept": "accepted", "regularise": "resampled to a regular grid"}
+    lines = (f"{done[choice.policy.action(item.code)]}: {item.message} [{item.code}]" for item in grave)
+    return tuple(dict.fromkeys(lines))
 
 
 def _check_frames(volumes: Mapping[str, DicomVolume]) -> None:

@@ -37,6 +37,7 @@ code { overflow-wrap: anywhere; font-size: .85rem; }
 <h1>$title</h1>
 <p>$intended</p>
 <p class="use" id="research-use"><strong>$use</strong> $not_for</p>
+$scan
 <h2>Pictures</h2>
 <div class="planes">
 $pictures
@@ -70,20 +71,26 @@ def render_page(record: Mapping[str, Any], entry: Entry, pictures: Sequence[tupl
         f"<figcaption>{escape(caption)}</figcaption></figure>"
         for caption, image in pictures
     )
-    rows = [
-        row
-        for part in ("model", "engine", "parity", "scan", "software", "seconds")
-        for row in _rows(part, record[part])
-    ]
+    parts = ("model", "engine", "parity", "scan", "software", "seconds")
+    rows = [row for part in parts for row in _rows(part, record[part])]
     return PAGE.substitute(
         title=escape(entry.title),
         intended=escape(entry.intended_use),
         use=escape(RESEARCH_USE),
         not_for=escape(f"Not for: {entry.not_for}" if entry.not_for else ""),
+        scan=_scan(record.get("series", {})),
         pictures=figures,
         volumes=volumes,
         provenance="\n".join(f"<tr><th>{escape(k)}</th><td><code>{escape(v)}</code></td></tr>" for k, v in rows),
     )
+
+
+def _scan(series: Mapping[str, Any]) -> str:
+    """Return which DICOM series was read, and what was unusual about it; nothing for NIfTI."""
+    lines = [f"Taken: {line}" for line in series.get("taken", [])]
+    lines += [line[:1].upper() + line[1:] for line in series.get("handled", [])]
+    items = "\n".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<h2>Scan</h2>\n<ul id="scan">\n{items}\n</ul>' if lines else ""
 
 
 def _volume_row(name: str, volume_ml: float, colour: tuple[int, int, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
@@ -247,6 +248,21 @@ def test_a_refusal_report_says_nothing_of_the_patient_but_in_the_patients_own_at
     assert "Zz" not in str(report.ContentSequence)
 
 
+# --- what is said of a scan -------------------------------------------------------------------------------------------
+
+
+def test_a_person_reads_which_series_was_taken_and_what_was_done_about_its_geometry(
+    machine: Machine, tmp_path: Path
+) -> None:
+    uneven = block()
+    uneven.positions[7:] += [0, 0, 0.9]
+    write(tmp_path / "in", uneven)
+    done = run_cli("segment", tmp_path / "in", "--model", "ct", "-o", tmp_path / "out", "--engine", "onnx")
+    assert done.code == 0, done.err
+    assert re.search(r"^  taken: series 4 [0-9a-f]{10} \(phantom\)$", done.out, re.MULTILINE)
+    assert "resampled to a regular grid: expected even steps" in done.out
+
+
 # --- lists of files -------------------------------------------------------------------------------------------------
 
 
@@ -358,8 +374,15 @@ def test_a_tilted_series_is_segmented_as_the_entry_says(machine: Machine, tmp_pa
     paths = write(tmp_path / "in", leaning)
     refused = segment(tmp_path / "in", "--model", "ct", "-o", tmp_path / "out")
     assert (refused.code, cases(refused)[0]["code"]) == (REFUSED, "dicom-tilt")
-    done = segment(tmp_path / "in", "--model", f"tilt-{action}", "-o", tmp_path / "out", "--to", "dicom-seg")
+    done = segment(tmp_path / "in", "--model", f"tilt-{action}", "-o", tmp_path / "out", "--to", "dicom-seg,html")
     assert done.code == 0, done.err
+    said = f"{'accepted' if action == 'accept' else 'resampled to a regular grid'}: expected slices above each other"
+    (line,) = cases(done)[0]["series"]["handled"]
+    assert line.startswith(said)
+    assert line.endswith("[dicom-tilt]")
+    page = html.unescape((tmp_path / "out" / "in_seg.html").read_text())
+    assert said.capitalize() in page
+    assert "Taken: series 4 " in page
     seg = tmp_path / "out" / "in_seg.seg.dcm"
     assert failed_checks(seg, tmp_path / "in") == []
     found, expected = mask_of(read_object(seg)), expected_mask(paths)
