@@ -12,6 +12,7 @@ JSON with {"dtype", "bytes"}, and then the bytes, or a head with {"error"}, whic
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -21,7 +22,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
+
+if TYPE_CHECKING:
+    from pydicom.pixels import Decoder
 
 PLUGINS: Final = {
     "1.2.840.10008.1.2.4.50": "gdcm",  # JPEG Baseline
@@ -70,9 +74,14 @@ def limit_memory(count: int) -> None:
 
 
 def prepare() -> None:
-    """Import what decoding needs: once for all workers, and a broken installation shows before a frame does."""
+    """Import what decoding needs: once for all workers, and a broken installation shows before a frame does.
+
+    All but GDCM, whose wrapper alone takes a fifth of the start: `load_gdcm` brings it to a worker that needs it.
+    """
+    sys.modules["gdcm"] = None  # type: ignore[assignment]  # as if it were not installed
     import pydicom.pixels  # noqa: F401
 
+    del sys.modules["gdcm"]
     import dints_deploy.dicom.bounded  # noqa: F401
 
 
@@ -143,6 +152,18 @@ def head(**fields: Any) -> bytes:
     return json.dumps(fields).encode().ljust(HEAD_BYTES)
 
 
+def load_gdcm(decoder: Decoder) -> None:
+    """Let pydicom look for GDCM again; where it is not installed, it stays away."""
+    from pydicom.pixels.decoders import gdcm
+
+    if "gdcm" in decoder.available_plugins:
+        return
+    if not gdcm.HAVE_GDCM:
+        importlib.reload(gdcm)
+    decoder.remove_plugin("gdcm")
+    decoder.add_plugin("gdcm", (gdcm.__name__, "_decode_frame"))
+
+
 def frames(request: dict[str, Any]) -> Iterator[Any]:
     """Yield the frames of one request as contiguous arrays (rows, columns)."""
     import numpy as np
@@ -156,6 +177,8 @@ def frames(request: dict[str, Any]) -> Iterator[Any]:
         file.seek(request["offset"])
         plugin = WIDE_PLUGINS.get(request["syntax"], "") if options["bits_stored"] > 8 else ""
         plugin = plugin or PLUGINS[request["syntax"]]
+        if plugin == "gdcm":
+            load_gdcm(decoder)
         if plugin not in decoder.available_plugins:
             raise ImportError(plugin)
         decoded = decoder.iter_array(file, indices=request["frames"], raw=True, decoding_plugin=plugin, **options)
