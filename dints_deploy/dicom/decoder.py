@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
 if TYPE_CHECKING:
-    from pydicom.pixels import Decoder
+    from pydicom.pixels.decoders.base import Decoder
 
 PLUGINS: Final = {
     "1.2.840.10008.1.2.4.50": "gdcm",  # JPEG Baseline

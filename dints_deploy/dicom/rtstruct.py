@@ -21,7 +21,7 @@ from dints_deploy.dicom.readback import header_affine
 from dints_deploy.dicom.result import DicomResult
 from dints_deploy.dicom.selfcheck import check_rtstruct
 
-Boxes = list[tuple[slice, slice] | None]
+Boxes = Sequence[tuple[slice, ...] | None]
 """Where each segment lies in a plane, rows and columns; None for those that do not."""
 
 RTSTRUCT_CLASS: Final = "1.2.840.10008.5.1.4.1.1.481.3"
@@ -124,7 +124,7 @@ def _contours(number: int, result: DicomResult, boxes: Sequence[Boxes]) -> Datas
     return roi
 
 
-def _polygons(segments: NDArray[Any], number: int, box: tuple[slice, slice] | None) -> Sequence[Polygon]:
+def _polygons(segments: NDArray[Any], number: int, box: tuple[slice, ...] | None) -> Sequence[Polygon]:
     """Return the outlines of one segment, searched in its own box only."""
     if box is None:
         return []
