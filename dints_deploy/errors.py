@@ -139,6 +139,7 @@ REASONS: Final[dict[str, str]] = {
     "dicom-photometric": "the pixels are not grey values",
     "dicom-monochrome1": "the grey values are stored inverted (MONOCHROME1)",
     "dicom-rescale": "the rescale slope or intercept is missing, zero or not a number",
+    "dicom-rescale-type": "the values of a CT are no Hounsfield units but a map of another quantity",
     "dicom-rescale-varies": "each slice has its own rescale slope or intercept",
     "dicom-modality-lut": "the values go through a modality look-up table",
     "dicom-padding": "padded pixels are part of the image",

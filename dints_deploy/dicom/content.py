@@ -12,6 +12,9 @@ GREY: Final = ("MONOCHROME1", "MONOCHROME2")
 HOUNSFIELD_CLASSES: Final = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 """CT: rescale slope and intercept are required (PS3.3 C.8.2.1.1.2, C.8.15.3.10)."""
 
+HOUNSFIELD_TYPES: Final = ("", "HU", "HU_MOD", "US")
+"""Rescale types (PS3.3 C.11.1.1.2) of CT that are, or where nothing is specified mean, Hounsfield units."""
+
 LARGEST_VALUE: Final = 1e12
 """Slopes and intercepts beyond this are no physical values, and overflow float32."""
 
@@ -71,6 +74,11 @@ def _lacks_hounsfield(header: SliceHeader) -> bool:
     return missing and (header.SOPClassUID in HOUNSFIELD_CLASSES or header.RescaleSlope is not header.RescaleIntercept)
 
 
+def _is_no_hounsfield(header: SliceHeader) -> bool:
+    """Say whether a CT holds another quantity: an iodine or effective atomic number map, an electron density."""
+    return header.SOPClassUID in HOUNSFIELD_CLASSES and header.RescaleType not in HOUNSFIELD_TYPES
+
+
 def _is_too_long(header: SliceHeader) -> bool:
     """Say whether native pixel data is longer than its frames and one byte of padding (PS3.5 8.1.1)."""
     layout = header.layout
@@ -105,6 +113,11 @@ CHECKS: Final[tuple[tuple[str, str, Callable[[SliceHeader], bool]], ...]] = (
         "dicom-rescale",
         "expected a rescale slope other than zero and an intercept, found none or impossible ones: repair the header",
         _rescales_badly,
+    ),
+    (
+        "dicom-rescale-type",
+        "expected Hounsfield units, found a CT of another quantity: choose the series of the images themselves",
+        _is_no_hounsfield,
     ),
     (
         "dicom-modality-lut",

@@ -104,6 +104,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "dicom-photometric": _FATAL,
         "dicom-monochrome1": _ACCEPTABLE,
         "dicom-rescale": _FATAL,
+        "dicom-rescale-type": _ACCEPTABLE,
         "dicom-rescale-varies": _NOTE,
         "dicom-modality-lut": _FATAL,
         "dicom-padding": _NOTE,

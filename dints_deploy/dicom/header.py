@@ -84,6 +84,7 @@ class SliceHeader:
     GantryDetectorTilt: float | None = None
     RescaleSlope: float | None = None
     RescaleIntercept: float | None = None
+    RescaleType: str = ""
     modality_lut: bool = False
     PixelPaddingValue: int | None = None
     PixelPaddingRangeLimit: int | None = None

@@ -183,6 +183,7 @@ def _plane(path: Path, frame: int, layout: PixelLayout, read: Attributes) -> Sli
         GantryDetectorTilt=read.number("GantryDetectorTilt"),
         RescaleSlope=read.number("RescaleSlope"),
         RescaleIntercept=read.number("RescaleIntercept"),
+        RescaleType=read.text("RescaleType").upper(),
         modality_lut=bool(read.items("ModalityLUTSequence")),
         PixelPaddingValue=read.integer("PixelPaddingValue", low=-(2**31), high=2**32),
         PixelPaddingRangeLimit=read.integer("PixelPaddingRangeLimit", low=-(2**31), high=2**32),

@@ -110,6 +110,7 @@ MIXED_IN_LAST = {
     "dicom-photometric": with_layout(PhotometricInterpretation="RGB", SamplesPerPixel=3),
     "dicom-monochrome1": with_layout(PhotometricInterpretation="MONOCHROME1"),
     "dicom-rescale": with_last(RescaleSlope=0.0),
+    "dicom-rescale-type": with_last(RescaleType="MGML"),
     "dicom-modality-lut": with_last(modality_lut=True),
     "dicom-excess-pixels": with_layout(length=64 * 48 * 2 + 2),
     "dicom-attribute": with_last(invalid=("PixelPaddingValue",)),
@@ -150,6 +151,14 @@ def test_a_ct_without_rescale_is_refused_and_an_mr_is_not() -> None:
     plain = [replace(one, RescaleSlope=None, RescaleIntercept=None) for one in stack(0, 1, 2)]
     assert codes(examine(plain)) == ["dicom-rescale"]
     assert codes(examine([replace(one, SOPClassUID="1.2.840.10008.5.1.4.1.1.4") for one in plain])) == []
+
+
+@pytest.mark.parametrize("kind", ["HU", "HU_MOD", "US"])
+def test_a_map_of_another_quantity_is_refused_unless_it_is_no_ct(kind: str) -> None:
+    assert codes(examine([replace(one, RescaleType=kind) for one in stack(0, 1, 2)])) == []
+    iodine = [replace(one, RescaleType="MGML") for one in stack(0, 1, 2)]
+    assert codes(examine(iodine)) == ["dicom-rescale-type"]
+    assert codes(examine([replace(one, SOPClassUID="1.2.840.10008.5.1.4.1.1.4") for one in iodine])) == []
 
 
 def test_a_missing_slice_is_named_with_its_neighbours() -> None:
