@@ -1,6 +1,8 @@
 """An entry's engine alone: seconds per window with nothing around it, the floor under a whole scan.
 
-python -m benchmarks.alone ENTRY_FOLDER [--engine openvino] [--precision fp32] [--windows 6]
+Beside it the processor's own peak, by a large matrix product in float32: what no engine in fp32 can go far beyond.
+
+python -m benchmarks.alone ENTRY_FOLDER [--engine openvino] [--precision fp32] [--windows 6] [--product]
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.product import peak_gmac_per_second
 from dints_deploy.catalog.catalog import load_entry
 from dints_deploy.runtime.sessions import open_sessions
 
@@ -23,6 +26,7 @@ def main() -> None:
     parser.add_argument("--engine", default="openvino")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--product", action="store_true", help="measure the matrix product too")
     options = parser.parse_args()
     entry = load_entry(options.entry)
     (session,) = open_sessions(entry, windows=1000, engine=options.engine, precision=options.precision)
@@ -33,7 +37,10 @@ def main() -> None:
         begin = time.perf_counter()
         session.result(session.submit(window))
         seconds.append(time.perf_counter() - begin)
-    print(json.dumps({"seconds_per_window": statistics.median(seconds[1:])}))
+    told = {"seconds_per_window": statistics.median(seconds[1:])}
+    if options.product:  # last: it takes memory that the engine alone does not
+        told["peak_gmac_per_second"] = peak_gmac_per_second()
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Contenders alternate; medians count. Prints a table and writes benchmarks/result
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import statistics
 import subprocess
@@ -48,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
+    compileall.compile_dir(ROOT / "dints_deploy", quiet=1)  # as pip does at an installation, the peers' too
     with tempfile.TemporaryDirectory() as folder:
         commands = contenders(Path(folder))
         traced = [sys.executable, "-m", "benchmarks.torch_network", str(ENTRY), str(Path(folder) / "network.ts")]

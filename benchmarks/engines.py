@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 
 from benchmarks.machine import write
+from benchmarks.product import MATRIX_EDGE, matrix_seconds
 from dints_deploy.catalog.catalog import load_entry
 from dints_deploy.errors import DintsError
 from dints_deploy.runtime.certificate import Target
@@ -31,7 +31,6 @@ from dints_deploy.runtime.machine import describe_device
 from dints_deploy.runtime.parity import run_windows
 
 Window = tuple[int, int, int]
-MATRIX_EDGE = 4096
 CLASSES = 3
 
 
@@ -51,19 +50,6 @@ def convolution_gmac(network: bytes) -> float:
         if node.op_type == "Conv"
     )
     return float(sum(products)) / 1e9
-
-
-def matrix_seconds(edge: int) -> Callable[[], float]:
-    """Return a function that times one float32 product of two square matrices."""
-    rng = np.random.default_rng(0)
-    a, b = (rng.normal(size=(edge, edge)).astype(np.float32) for _ in range(2))
-
-    def run() -> float:
-        begin = time.perf_counter()
-        _ = a @ b
-        return time.perf_counter() - begin
-
-    return run
 
 
 def untrained(genotype: Path, width: float, window: Window) -> Proof:

@@ -103,7 +103,7 @@ def contenders(entry: Path, scan: Path, work: Path, options: Any) -> dict[str, l
         OURS: ours(OURS, "openvino"),
         "dints-deploy (onnx)": ours("dints-deploy (onnx)", "onnx"),
         **reduced,
-        "engine alone (openvino)": [sys.executable, "-m", "benchmarks.alone", str(entry)],
+        "engine alone (openvino)": [sys.executable, "-m", "benchmarks.alone", str(entry), "--product"],
         NNUNET: torch_path(str(options.nnunet_python), "nnunet", NNUNET),
     }
 

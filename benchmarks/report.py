@@ -115,7 +115,24 @@ def full_ct(result: Result) -> list[str]:
             lines += [f"### The {part} scan", ""]
             head = ("contender", "runs", "median s", "times faster than MONAI", "labels as MONAI's", "over the engine")
             lines += table(head, ct_rows(runs))
-    return lines + stages(result)
+    return lines + limits(result) + stages(result)
+
+
+def limits(result: Result) -> list[str]:
+    """Return how far each engine is from what the processor can do, and what that leaves to win."""
+    gmac, rows = result["facts"]["GMAC per window"], []
+    runs = {name: several for part in result["runs"].values() for name, several in part.items()}
+    alone = runs.get(ALONE)
+    if not alone or PEER not in runs:
+        return []
+    peak = max(run["peak_gmac_per_second"] for run in alone)
+    eager = statistics.median(run["network_seconds"] / run["windows"] for run in runs[PEER])
+    ours = statistics.median(run["seconds_per_window"] for run in alone)
+    for name, seconds in (("torch eager", eager), ("OpenVINO", ours), ("a matrix product's pace", gmac / peak)):
+        rows.append((name, f"{seconds:.2f}", f"{gmac / seconds:.0f}", f"{eager / seconds:.2f}"))
+    head = ("one window in fp32", "s", "GMAC/s", "times faster than torch eager")
+    told = f"The peak is that of a float32 product of two large matrices in numpy, {peak:.0f} GMAC/s on all cores."
+    return ["### What is left to win in fp32", "", told, "", *table(head, rows)]
 
 
 def ct_rows(runs: dict[str, list[Result]]) -> Rows:

@@ -58,7 +58,7 @@ class LocalCertificate(Strict):
         seal: HMAC-SHA256 over everything else.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     entry: str
     member: str
     comparison: Comparison

@@ -192,7 +192,7 @@ def measure(proof: Proof, spec: Entry, target: Target, session: Session, referen
     seconds = _seconds_per_window([session, reference], proof.windows[:1])
     beside = f"{reference.info.engine} {reference.info.version} fp32 on {reference.info.device}"
     return LocalCertificate(
-        schema_version=1,
+        schema_version=2,
         entry=spec.name,
         member=proof.member,
         comparison=comparison,

@@ -9,14 +9,15 @@ from typing import Any, Final
 
 from dints_deploy.errors import EngineError
 from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision, engine_error
+from dints_deploy.runtime.machine import BF16_FEATURES, cpu_features
 
 # `import openvino` loads its model converter, which sends a usage event over the network. Nothing leaves this machine:
 # the converter is not needed, so it is not found. The import is a third quicker as well.
 sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
 
-HINTS: Final = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
-"""Precision -> OpenVINO's inference precision for whatever the file does not quantise."""
+HINTS: Final = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+"""Precision -> OpenVINO's inference precision."""
 
 REQUESTS: Final = 2
 """Batches under way at a time: one computes while the next one's input is copied."""
@@ -35,7 +36,7 @@ class OpenVinoEngine:
     ) -> OpenVinoSession:
         """Compile a network for one window size; raise `EngineError` when OpenVINO cannot, or not in this precision."""
         check_precision(self.name, precision)
-        hint = HINTS[precision]
+        hint = _hint(precision)
         settings = {
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": self.threads,
@@ -60,6 +61,17 @@ class OpenVinoEngine:
         return OpenVinoSession(
             compiled, SessionInfo(self.name, openvino.__version__.split("-")[0], "cpu", precision, why)
         )
+
+
+def _hint(precision: str) -> str:
+    """Return OpenVINO's inference precision; for int8 that of what the file does not quantise.
+
+    Where the processor computes in bf16 that is bf16: the convolutions at the ends, which stay in floating point, took
+    most of an int8 window's time in f32 (docs/decisions/0014-int8-beside-bf16.md).
+    """
+    if precision == "int8":
+        return "bf16" if BF16_FEATURES & set(cpu_features()) else "f32"
+    return HINTS[precision]
 
 
 @functools.cache
