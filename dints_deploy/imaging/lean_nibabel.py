@@ -2,7 +2,7 @@
 
 `import nibabel` brings every format it knows, and pydicom with its decoders where that is installed: most of its import
 time, for nothing that a NIfTI file needs. Here its modules are imported from its folder under an empty package, and
-pydicom is not to be found. They are ours alone: a later `import nibabel` gets the whole package, as ever.
+pydicom and scipy, which it asks for in passing, are not to be found. They are ours alone: a later `import nibabel` gets the whole package, as ever.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 
+_OPTIONAL = ("pydicom", "scipy")
 _before = set(sys.modules)
 _bare = "nibabel" not in _before
 if _bare:
@@ -20,7 +21,8 @@ if _bare:
     _empty = ModuleSpec("nibabel", None, is_package=True)
     _empty.submodule_search_locations = _whole.submodule_search_locations
     sys.modules["nibabel"] = module_from_spec(_empty)
-    sys.modules.setdefault("pydicom", None)  # type: ignore[arg-type]
+    for _name in _OPTIONAL:
+        sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
 try:
     from nibabel.arrayproxy import ArrayProxy
     from nibabel.nifti1 import Nifti1Header, Nifti1Image
@@ -29,7 +31,7 @@ try:
     from nibabel.spatialimages import HeaderDataError
 finally:
     for _name in [name for name in sys.modules if _bare and name not in _before]:
-        if _name.partition(".")[0] in ("nibabel", "pydicom"):
+        if _name.partition(".")[0] in ("nibabel", *_OPTIONAL):
             del sys.modules[_name]
 
 __all__ = [

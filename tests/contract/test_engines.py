@@ -19,6 +19,7 @@ from torch import nn
 from dints_deploy.catalog.catalog import load_entry
 from dints_deploy.errors import EngineError, UsageError
 from dints_deploy.runtime.engine import COMPUTES, PRECISIONS, Engine, Session, check_output, choose_engine
+from dints_deploy.runtime.machine import cpu_features
 from dints_deploy.runtime.onnx_engine import OnnxEngine
 from dints_deploy.runtime.openvino_engine import OpenVinoEngine
 from dints_deploy.runtime.segment import segment
@@ -136,6 +137,17 @@ def test_fp32_keeps_digits_that_bfloat16_loses(name: str) -> None:
     assert np.abs(in_bf16 - expected)[:, 0].min() > 0.4  # seen where it happens
     session = opened(name, network)
     np.testing.assert_allclose(session.result(session.submit(batch)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_int8_leaves_alone_is_computed_as_bf16_where_the_processor_has_it() -> None:
+    network, batch = needs_digits().onnx(), np.abs(windows(1)) + 0.5
+    logits = {}
+    for precision in ("int8", "bf16", "fp32"):  # nothing in this network is quantised
+        session = OpenVinoEngine(threads=1).open(network, window=WINDOW, batch=1, precision=precision)
+        logits[precision] = session.result(session.submit(batch))
+    same = "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_features()) else "fp32"
+    np.testing.assert_array_equal(logits["int8"], logits[same])
+    assert (logits["bf16"] != logits["fp32"]).any()
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -10,11 +10,11 @@ import pytest
 WHOLE_LATER = """
 import sys
 from dints_deploy.imaging.lean_nibabel import Nifti1Image
-assert not any(name.partition(".")[0] in ("nibabel", "pydicom") for name in sys.modules)
+assert not any(name.partition(".")[0] in ("nibabel", "pydicom", "scipy") for name in sys.modules)
 import nibabel, numpy as np
 assert nibabel.nifti1.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)).shape == (2, 2, 2)
 assert callable(nibabel.load) and nibabel.freesurfer and nibabel.Nifti1Image.__name__ == Nifti1Image.__name__
-import pydicom
+import pydicom, scipy.ndimage
 """
 
 WHOLE_BEFORE = """
