@@ -1,8 +1,9 @@
 """What we use of nibabel: its NIfTI modules, imported without the rest of it.
 
 `import nibabel` brings every format it knows, and pydicom with its decoders where that is installed: most of its import
-time, for nothing that a NIfTI file needs. Here its modules are imported from its folder under an empty package, and
-pydicom and scipy, which it asks for in passing, are not to be found. They are ours alone: a later `import nibabel` gets the whole package, as ever.
+time, for nothing that a NIfTI file needs. Here its modules are imported from its folder under an empty package; pydicom
+and scipy, which it asks for in passing, are not to be found. They are ours alone: a later `import nibabel` gets the
+whole package, as ever.
 """
 
 from __future__ import annotations
