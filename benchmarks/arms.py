@@ -20,7 +20,7 @@ from dints_search.choice import Choice, deployed_setting
 from dints_search.conclude import conclude, report
 from dints_search.cost import CostTable, work_table
 from dints_search.evaluate import evaluate_run
-from dints_search.gap import GAP_FILE, GapTable, measure_retrained, read_gap, write_gap
+from dints_search.gap import GAP_FILE, GapTable, measure_retrained, read_gap
 from dints_search.genotype import Genotype, parse_genotype, read_genotype
 from dints_search.matched import sample_within
 from dints_search.metrics import read_metrics
@@ -121,10 +121,26 @@ class Record(Strict):
     labels: dict[int, str] = Field(default_factory=dict)
 
 
+class SearchRecord(Strict):
+    """What an arm's search found, kept as soon as it is known: retraining may go on elsewhere.
+
+    Attributes:
+        settings: of the search. seconds: of its iterations. gap: without the retrained network.
+    """
+
+    schema_version: Literal[1]
+    settings: dict[str, Any]
+    genotype: dict[str, Any]
+    seconds: float
+    gap: GapTable
+    commit: str
+
+
 def run_arm(plan: Plan, arm: Arm) -> Record:
     """Bring an arm to its end, from wherever an earlier run left it, and record it."""
     folder = plan.out / arm.name
-    genotype, draws = (_searched(plan, arm, folder), None) if arm.kind == "searched" else _drawn(plan, arm, folder)
+    found = _searched(plan, arm, folder) if arm.kind == "searched" else None
+    genotype, draws = (parse_genotype(json.dumps(found.genotype)), None) if found else _drawn(plan, arm)
     run = folder / "retrained"
     held_out = [case.id for case in plan.parts(arm.seed).held_out]
     if not (run / "weights.safetensors").exists():
@@ -132,10 +148,7 @@ def run_arm(plan: Plan, arm: Arm) -> Record:
         resume = (run / "config.toml").exists()
         retrain(plan.recipe, genotype, plan.dataset, run, resume=resume, report=_say("retrain", 100), **options)
     _, evaluation = evaluate_run(run, plan.dataset, plan.fold, progress=lambda done, total: None)
-    gap = None
-    if arm.kind == "searched":
-        gap = measure_retrained(read_gap(folder), "dints", run, plan.dataset, device=plan.device)
-        write_gap(folder, gap)
+    gap = measure_retrained(found.gap, "dints", run, plan.dataset, device=plan.device) if found else None
     record = Record(
         schema_version=1,
         arm=arm.name,
@@ -150,7 +163,7 @@ def run_arm(plan: Plan, arm: Arm) -> Record:
         genotype=json.loads(genotype.to_json()),
         cost=_cost(count(genotype, deployed_setting(plan.recipe, plan.space))),
         draws=draws,
-        search_s=_search_seconds(folder) if arm.kind == "searched" else None,
+        search_s=found.seconds if found else None,
         retrain_s=_retrain_seconds(run),
         scores=evaluation.as_dict(),
         gap=gap,
@@ -186,19 +199,35 @@ def _recipe(plan: Plan, arm: Arm) -> Recipe:
     return with_search(plan.recipe, sigma=arm.figure) if arm.kind == "searched" else plan.recipe
 
 
-def _searched(plan: Plan, arm: Arm, folder: Path) -> Genotype:
-    """Search, decode and measure the gap; what is done already is not done again."""
+def _searched(plan: Plan, arm: Arm, folder: Path) -> SearchRecord:
+    """Search, decode, measure the gap and keep all that; what is done already is not done again."""
+    path, recipe = plan.records / "searches" / f"{arm.name}.json", _recipe(plan, arm)
+    settings = recipe.search.model_dump(mode="json")
+    if path.exists():
+        kept = read_json(path, SearchRecord, DatasetError, "recipe-invalid")
+        if kept.settings != settings:
+            raise SystemExit(f"the search of {arm.name} was recorded with other settings: choose another --records")
+        return kept
     if not (folder / GAP_FILE).exists():
-        recipe = _recipe(plan, arm)
         options: dict[str, Any] = {"fold": plan.fold, "seed": arm.seed, "device": plan.device}
         resume = (folder / "config.toml").exists()
         found = search(recipe, plan.dataset, folder, resume=resume, report=_say("search", 50), **options)
         chosen = conclude(folder, found.network.architecture, recipe, Choice())
         report(folder, found, recipe, chosen)
-    return read_genotype(folder / "genotype.json")
+    record = SearchRecord(
+        schema_version=1,
+        settings=settings,
+        genotype=json.loads(read_genotype(folder / "genotype.json").to_json()),
+        seconds=_search_seconds(folder),
+        gap=read_gap(folder),
+        commit=commit(),
+    )
+    make_folder(path.parent)
+    write_text(path, record.model_dump_json(indent=1) + "\n")
+    return record
 
 
-def _drawn(plan: Plan, arm: Arm, folder: Path) -> tuple[Genotype, int]:
+def _drawn(plan: Plan, arm: Arm) -> tuple[Genotype, int]:
     """Draw a random network of the target's work; the same arm draws the same one."""
     target = _target(plan)
     rng = random.Random(f"{plan.target} {arm.group}")
@@ -207,11 +236,9 @@ def _drawn(plan: Plan, arm: Arm, folder: Path) -> tuple[Genotype, int]:
 
 
 def _target(plan: Plan) -> Genotype:
-    """Return the network whose work the random ones match: of its run, or of its record where the run is gone."""
-    run = plan.out / plan.target / "genotype.json"
-    if run.exists():
-        return read_genotype(run)
-    return parse_genotype(json.dumps(read_record(plan.records / f"{plan.target}.json").genotype))
+    """Return the network whose work the random ones match."""
+    path = plan.records / "searches" / f"{plan.target}.json"
+    return parse_genotype(json.dumps(read_json(path, SearchRecord, DatasetError, "recipe-invalid").genotype))
 
 
 def _cost(counts: Counts) -> dict[str, float]:
