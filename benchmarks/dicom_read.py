@@ -44,9 +44,10 @@ SAMPLE_SECONDS = 0.005
 
 def ours(folder: Path, decoders: Decoders | None = None) -> NDArray[np.float32]:
     """Read through the geometry gate, in parallel, as the command line and the daemon do."""
-    with opened(folder, decoders=decoders) as study:
-        (series,) = study.series
-        stack: NDArray[np.float32] = read_series(series, decoders=study.decoders).volume.data[0].transpose(2, 1, 0)
+    with contextlib.ExitStack() as own:
+        decoders = decoders or own.enter_context(Decoders())
+        (series,) = own.enter_context(opened(folder, decoders=decoders)).series
+        stack: NDArray[np.float32] = read_series(series, decoders=decoders).volume.data[0].transpose(2, 1, 0)
     return stack
 
 

@@ -78,8 +78,8 @@ class Study:
     Attributes:
         series: by series number, then label.
         findings: files that belong to no series, and why.
-        decoders: processes for compressed pixels that live as long as the source is open; None where it is up to the
-            reader to start some.
+        decoders: processes for its compressed pixels, on their way already; None where it is up to the reader to start
+            some.
     """
 
     series: tuple[Series, ...]
@@ -108,13 +108,12 @@ def short_hash(uid: str) -> str:
 def opened(
     source: Path | Sequence[Path], *, limits: Limits = DEFAULT_LIMITS, decoders: Decoders | None = None
 ) -> Iterator[Study]:
-    """Collect `source`; at the end, what a zip unpacked to is removed, and the decoding processes stop.
+    """Collect `source`; what a zip unpacks to is removed at the end.
 
     Args:
-        decoders: processes that outlive this context; without, it has its own.
+        decoders: processes for compressed pixels, as for `collect`; they outlive this context.
     """
-    with tempfile.TemporaryDirectory(prefix="dints-deploy-") as scratch, contextlib.ExitStack() as own:
-        decoders = decoders or own.enter_context(Decoders(limits=limits))
+    with tempfile.TemporaryDirectory(prefix="dints-deploy-") as scratch:
         yield collect(source, scratch=Path(scratch), limits=limits, decoders=decoders)
 
 

@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 
 from dints_deploy.catalog.catalog import LoadedEntry, load_entry
 from dints_deploy.dicom.bounded import INVALID_FILE, open_regular, quiet
+from dints_deploy.dicom.decoders import Decoders
 from dints_deploy.dicom.gate import examine
 from dints_deploy.dicom.header import Plane
 from dints_deploy.dicom.pixels import decode
@@ -172,7 +173,7 @@ def _against_source(
 ) -> Iterator[Check]:
     """Yield whether the source is the one that was read, and the object lies on its planes."""
     references = _references(written)
-    with opened(source) as study:
+    with Decoders() as decoders, opened(source, decoders=decoders) as study:
         found = {one.label: len(references & {header.SOPInstanceUID for header in one.slices}) for one in study.series}
         label, hits = Counter(found).most_common(1)[0] if found else ("", 0)
         yield Check("source", hits > 0, f"{hits} images that the object refers to are there")
@@ -182,11 +183,11 @@ def _against_source(
         named: Planes = {(plane.header.SOPInstanceUID, plane.header.frame): plane for plane in planes}
         if kind == "refusal":
             return
-        digests = [planes_digest(planes, decode([plane.header for plane in planes], decoders=study.decoders))]
+        digests = [planes_digest(planes, decode([plane.header for plane in planes], decoders=decoders))]
         if len(provenance.input) > 1:
             others = [_planes(one) for one in study.series if one.slices and one.label != label]
             for other in filter(None, others):
-                digests.append(planes_digest(other, decode([plane.header for plane in other], decoders=study.decoders)))
+                digests.append(planes_digest(other, decode([plane.header for plane in other], decoders=decoders)))
         yield Check("input", set(provenance.input) <= set(digests), f"digest {digests[0][:12]}")
         if kind == "seg":
             yield _seg_geometry(written, named)
