@@ -44,7 +44,8 @@ loses what it said was written; damage within a row's text, which SQLite's check
     "images": f"""# Installations, measured
 
 {MADE} How they are built and run
-is described in [install.md](install.md). Seconds of a build are those of a busy machine and its network.
+is described in [install.md](install.md). The seconds are those of a machine that other work kept busy, and of its
+network.
 """,
 }
 """Page in docs/ -> its head. A result names its page; without, it belongs to performance."""

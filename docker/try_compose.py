@@ -69,7 +69,8 @@ class Stack:
         return [one["ExitCode"] == 0 for one in json.loads(said)]
 
     def results(self) -> list[str]:
-        """Return the kinds of the objects that Orthanc has, as its page's user."""
+        """Return the kinds of the objects that Orthanc has, as its page's user; not too often, as it works too."""
+        time.sleep(0.25)
         listed = page("/instances", f"orthanc:{self.password}")
         return sorted(
             page(f"/instances/{one}/simplified-tags", f"orthanc:{self.password}")["Modality"] for one in listed
@@ -165,7 +166,7 @@ def page(path: str, user: str) -> Any:
     """Return a document of Orthanc's page."""
     request = urllib.request.Request(f"{PAGE}{path}")
     request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
