@@ -43,7 +43,6 @@ def main() -> None:
     scan = work / f"noise-{'x'.join(map(str, shape))}.nii.gz"
     if not scan.exists():
         make_noise(scan, (shape[0], shape[1], shape[2]))
-    result = read("peak_memory") or {"title": TITLE, "runs": []}
     for classes in (int(n) for n in options.classes.split(",")):
         window, entry = WINDOW[classes], work / "zoo" / f"random-{classes}"
         if not (entry / "SHA256SUMS").exists():
@@ -55,6 +54,7 @@ def main() -> None:
             run |= {"contender": name, "classes": classes, "window": window, "shape": list(shape)}
             run["labels_sha256"] = digest(labels_path(work, classes, name)) if run["fits"] else None
             print(json.dumps(run), flush=True)
+            result = read("peak_memory") or {"title": TITLE, "runs": []}  # now: another call may have added to it
             same = (run["contender"], classes, run["shape"])
             result["runs"] = [r for r in result["runs"] if (r["contender"], r["classes"], r["shape"]) != same] + [run]
             write("peak_memory", result)

@@ -186,7 +186,8 @@ def peak_memory(result: Result) -> list[str]:
         same = (
             "" if run["labels_sha256"] is None else ("yes" if run["labels_sha256"] == shas.get(run["classes"]) else "")
         )
-        peak = f"{run['peak_bytes'] / GIB:.2f}" + ("" if run["fits"] else ", stopped")
+        end = "" if run["fits"] else ", then it failed" if "error" in run else ", stopped"
+        peak = f"{run['peak_bytes'] / GIB:.2f}{end}"
         blocks = f"{run['blocks']}, {run['windows_again']} windows again" if "blocks" in run else ""
         size = " x ".join(str(n) for n in run["shape"])
         return run["contender"], run["classes"], size, peak, f"{over:.2f}", blocks, same, f"{run['seconds']:.0f}"
