@@ -108,8 +108,10 @@ class _Nursery:
 
     def stop(self, worker: int) -> None:
         """End a worker; where the nursery itself is gone, so are its workers."""
-        with contextlib.suppress(DintsError):
-            self._exchange({"stop": worker}, [])
+        popen = self._popen
+        if popen is not None and popen.poll() is None:
+            with contextlib.suppress(DintsError):
+                self._exchange({"stop": worker}, [])
 
     def close(self) -> None:
         """End the process, and with it what it forked."""
