@@ -174,18 +174,16 @@ def stages(result: Result) -> list[str]:
 
 def peak_memory(result: Result) -> list[str]:
     """Return peaks over the baseline of the same number of classes."""
-    bases = {run["classes"]: run["peak_bytes"] for run in result["runs"] if run["contender"] == "baseline"}
-    shas = {
-        run["classes"]: run["labels_sha256"]
-        for run in result["runs"]
-        if run["contender"] == "dints-deploy" and run["fits"]
-    }
+
+    def of(run: Result) -> tuple[object, ...]:
+        return (run["classes"], *run["shape"])
+
+    bases = {of(run): run["peak_bytes"] for run in result["runs"] if run["contender"] == "baseline"}
+    shas = {of(run): run["labels_sha256"] for run in result["runs"] if run["contender"] == "dints-deploy"}
 
     def row(run: Result) -> Sequence[object]:
-        over = (run["peak_bytes"] - bases.get(run["classes"], 0)) / GIB
-        same = (
-            "" if run["labels_sha256"] is None else ("yes" if run["labels_sha256"] == shas.get(run["classes"]) else "")
-        )
+        over = (run["peak_bytes"] - bases.get(of(run), 0)) / GIB
+        same = "" if run["labels_sha256"] is None else ("yes" if run["labels_sha256"] == shas.get(of(run)) else "")
         end = "" if run["fits"] else ", then it failed" if "error" in run else ", stopped"
         peak = f"{run['peak_bytes'] / GIB:.2f}{end}"
         blocks = f"{run['blocks']}, {run['windows_again']} windows again" if "blocks" in run else ""
@@ -193,7 +191,7 @@ def peak_memory(result: Result) -> list[str]:
         return run["contender"], run["classes"], size, peak, f"{over:.2f}", blocks, same, f"{run['seconds']:.0f}"
 
     head = ("contender", "classes", "voxels", "peak GiB", "over the baseline", "blocks", "labels of one sweep", "s")
-    return table(head, (row(run) for run in sorted(result["runs"], key=lambda run: run["classes"])))
+    return table(head, (row(run) for run in sorted(result["runs"], key=of)))
 
 
 def draw(result: Result) -> None:
