@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +28,9 @@ from dints_search.metrics import read_metrics
 from dints_search.profile import Counts, count
 from dints_search.recipe import Recipe
 from dints_search.retrain import retrain
-from dints_search.run import commit
+from dints_search.run import commit, configure, read_config
 from dints_search.search import search
-from dints_search.search_run import Parts, split_training, with_search
+from dints_search.search_run import Parts, configure_search, read_search_config, split_training, with_search
 from dints_search.space import SearchSpace
 
 TOLERANCE: Final = 0.05
@@ -143,12 +144,12 @@ def run_arm(plan: Plan, arm: Arm) -> Record:
     genotype, draws = (parse_genotype(json.dumps(found.genotype)), None) if found else _drawn(plan, arm)
     run = folder / "retrained"
     held_out = [case.id for case in plan.parts(arm.seed).held_out]
-    if not (run / "weights.safetensors").exists():
+    if not _trained(plan, arm, genotype, run, held_out):
         options: dict[str, Any] = {"fold": plan.fold, "seed": arm.seed, "device": plan.device, "without": held_out}
         resume = (run / "config.toml").exists()
         retrain(plan.recipe, genotype, plan.dataset, run, resume=resume, report=_say("retrain", 100), **options)
     _, evaluation = evaluate_run(run, plan.dataset, plan.fold, progress=lambda done, total: None)
-    gap = measure_retrained(found.gap, "dints", run, plan.dataset, device=plan.device) if found else None
+    gap = measure_retrained(found.gap, run, plan.dataset, device=plan.device) if found else None
     record = Record(
         schema_version=1,
         arm=arm.name,
@@ -188,10 +189,12 @@ def settings_of(plan: Plan, arm: Arm) -> dict[str, Any]:
     recipe = _recipe(plan, arm)
     retraining = recipe.retraining.model_dump(mode="json")
     return {
+        "task": recipe.task,
+        "fold": plan.fold,
         "window": list(recipe.window),
         "search": recipe.search.model_dump(mode="json") if arm.kind == "searched" else None,
         "retraining": retraining,
-        "matched_to": plan.target if arm.kind == "random" else None,
+        "matched_to": _target(plan).digest() if arm.kind == "random" else None,
     }
 
 
@@ -208,6 +211,9 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> SearchRecord:
         if kept.settings != settings:
             raise SystemExit(f"the search of {arm.name} was recorded with other settings: choose another --records")
         return kept
+    config = configure_search(recipe, plan.parts(arm.seed), fold=plan.fold, seed=arm.seed, processes=1)
+    if (folder / "config.toml").exists() and read_search_config(folder).digest() != config.digest():
+        raise SystemExit(f"{folder} holds a search with other settings: choose another --out")
     if not (folder / GAP_FILE).exists():
         options: dict[str, Any] = {"fold": plan.fold, "seed": arm.seed, "device": plan.device}
         resume = (folder / "config.toml").exists()
@@ -225,6 +231,17 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> SearchRecord:
     make_folder(path.parent)
     write_text(path, record.model_dump_json(indent=1) + "\n")
     return record
+
+
+def _trained(plan: Plan, arm: Arm, genotype: Genotype, run: Path, held_out: Sequence[str]) -> bool:
+    """Say whether a run is finished; stop where it is one with other settings."""
+    if not (run / "config.toml").exists():
+        return False
+    cases = tuple(case for case in plan.dataset.fold(plan.fold)[0] if case.id not in held_out)
+    config = configure(plan.recipe, genotype, cases, fold=plan.fold, seed=arm.seed)
+    if read_config(run).digest() != config.digest():
+        raise SystemExit(f"{run} holds a run with other settings: choose another --out")
+    return (run / "weights.safetensors").exists()
 
 
 def _drawn(plan: Plan, arm: Arm) -> tuple[Genotype, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -76,7 +77,13 @@ class Bar(Protocol):
 
 @contextmanager
 def progress(title: str) -> Iterator[Bar]:
-    """Yield a function of (done, total, note): a bar with the time left on a terminal, else a line now and then."""
+    """Yield a function of (done, total, note): a bar with the time left on a terminal, else a line now and then.
+
+    Of several processes under `torchrun` only the first one shows it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda done, total, note="": None
+        return
     if not sys.stderr.isatty():
         yield _plain(printable(title))
         return

@@ -10,13 +10,20 @@ import typer
 from dints_deploy.catalog.dataset import read_dataset
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
+from dints_deploy.errors import UsageError
 
 
 def retrain_command(
-    genotype: Annotated[Path, typer.Option(help="genotype.json of the network.")],
     task: Annotated[str, typer.Option(help="Number or name of a task with a recipe, or a recipe's path.")],
     data: Annotated[Path, typer.Option(help="The task's folder in MSD layout.")],
     out: Annotated[Path, typer.Option(help="Run folder to create.")],
+    genotype: Annotated[Path | None, typer.Option(help="genotype.json of the network.")] = None,
+    search: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder of a search instead: its network, its held-out cases measured, its report renewed."
+        ),
+    ] = None,
     fold: Annotated[int, typer.Option(help="Train on the training part of this fold, 0..4.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
@@ -37,23 +44,34 @@ def retrain_command(
         with needs_search_extra("retrain"):
             import torch
 
+            from dints_search.conclude import conclude_retraining
             from dints_search.genotype import read_genotype
             from dints_search.recipe import find_recipe, override, with_steps
             from dints_search.retrain import retrain
+            from dints_search.search_run import read_search_config
         if threads is not None:
             torch.set_num_threads(threads)
+        if (genotype is None) == (search is None):
+            raise UsageError(
+                "usage", "expected either --genotype FILE or --search RUN: see dints-deploy retrain --help"
+            )
         recipe = with_steps(override(find_recipe(task), settings or []), steps)
+        held_out = read_search_config(search).held_out if search else {}
+        dataset = read_dataset(data)
         with progress("retrain") as bar:
             weights = retrain(
                 recipe,
-                read_genotype(genotype),
-                read_dataset(data),
+                read_genotype(genotype or Path(search or "") / "genotype.json"),
+                dataset,
                 out,
                 fold=fold,
                 seed=seed,
                 resume=resume,
                 device=device,
                 cache=cache,
+                without=held_out,
                 report=lambda step, loss, rate: bar(step, recipe.retraining.steps),
             )
+        if search:
+            conclude_retraining(search, out, dataset, device=device)
         say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")

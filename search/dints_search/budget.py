@@ -90,7 +90,7 @@ def decode_within(
     for nodes, steps in enumerate(_round_up(last / unit)):
         reached[nodes, max(0, resolution + 1 - steps) :] = -np.inf
     if not np.isfinite(reached).any():
-        return _too_small(parameters, cost, limit, joint=joint)
+        return _too_small(parameters, cost, limit, joint=joint, resolution=resolution)
     return _trace_back(parameters, ways, reached)
 
 
@@ -199,7 +199,9 @@ def _trace_back(
     return build_genotype(active, operations, source="decoded: most likely feasible network under a budget")
 
 
-def _too_small(parameters: ArchitectureParameters, cost: CostTable, limit: float, *, joint: bool) -> Infeasible:
+def _too_small(
+    parameters: ArchitectureParameters, cost: CostTable, limit: float, *, joint: bool, resolution: int
+) -> Infeasible:
     """Say what the cheapest feasible network costs."""
     space, operations = parameters.space, likeliest_operations(parameters)
     table = all_patterns(space)
@@ -208,4 +210,6 @@ def _too_small(parameters: ArchitectureParameters, cost: CostTable, limit: float
     first, last = _ends(space, cost)
     chosen = best_path(space, -(cells @ table.active.T), first=-first, last=-last)
     least = cost.of(build_genotype(table.active[chosen], cheapest))
+    if limit >= least:  # the grid rounds up: say what surely suffices
+        least /= 1 - ((2 if joint else 1) * space.num_blocks + 2) / resolution
     return Infeasible(f"expected a budget of at least {least:.6g}, the cheapest feasible network, found {limit:.6g}")

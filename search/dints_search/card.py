@@ -41,6 +41,9 @@ dints-deploy publish $runs --name $name --data $task --out my-zoo
 ```
 """)
 
+RECIPE_FILE: Final = "recipe.toml"
+"""The recipe that an entry was trained with, beside the card that tells how to repeat it."""
+
 MEMBERS: Final = ("The DiNTS network", "The mean of the logits of {} DiNTS networks, each that")
 """What runs: one network, or an ensemble."""
 
@@ -98,9 +101,9 @@ def _runs(name: str, configs: list[RunConfig]) -> list[str]:
 
 def _retrain(name: str, config: RunConfig, run: str) -> str:
     """Return the command that trains a member again."""
-    task = config.recipe.task
+    entry, data = f"zoo/{name}", config.recipe.task
     return (
-        f"dints-deploy retrain --genotype zoo/{name}/genotype.json --task {task} --data {task} \\\n"
+        f"dints-deploy retrain --genotype {entry}/genotype.json --task {entry}/{RECIPE_FILE} --data {data} \\\n"
         f"    --fold {config.fold} --seed {config.seed} --out {run}"
     )
 

@@ -93,9 +93,9 @@ def choose(parameters: ArchitectureParameters, choice: Choice, recipe: Recipe) -
         return Chosen(_network(DECODERS[choice.decoder](parameters), recipe))
     name, limit = next(iter(budgets.items()))
     budget = BUDGETS[name]
-    table = budget.table(deployed_setting(recipe, parameters.space))
-    genotype = _network(decode_within(parameters, table, limit * budget.per_unit, joint=choice.joint), recipe)
-    return Chosen(genotype, budget.unit, limit, table.of(genotype) / budget.per_unit)
+    table = budget.table(deployed_setting(recipe, parameters.space)).scaled(1 / budget.per_unit)
+    genotype = _network(decode_within(parameters, table, limit, joint=choice.joint), recipe, budget.unit)
+    return Chosen(genotype, budget.unit, limit, table.of(genotype))
 
 
 def deployed_setting(recipe: Recipe, space: SearchSpace) -> Setting:
@@ -123,7 +123,10 @@ def _budgets(choice: Choice) -> dict[str, float]:
     return {name: limit for name, limit in wanted.items() if limit is not None}
 
 
-def _network(found: Genotype | Infeasible, recipe: Recipe) -> Genotype:
+def _network(found: Genotype | Infeasible, recipe: Recipe, unit: str = "") -> Genotype:
     if isinstance(found, Infeasible):
-        raise DatasetError("genotype-invalid", f"{found.reason}: choose another --decode or a greater budget")
+        raise DatasetError(
+            "genotype-invalid",
+            f"{found.reason} {unit}: give a greater budget" if unit else f"{found.reason}: choose another --decode",
+        )
     return found.model_copy(update={"up": recipe.search.up, "direct_skip": recipe.search.direct_skip})

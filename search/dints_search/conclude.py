@@ -5,11 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from dints_deploy.catalog.dataset import Dataset
 from dints_search.choice import Choice, Chosen, choose, write_choice
 from dints_search.draw import draw_architecture, draw_relaxation
-from dints_search.gap import GapTable, Progress, all_decoded, measure_gap, within_work, write_gap
+from dints_search.gap import (
+    GapTable,
+    Progress,
+    all_decoded,
+    measure_gap,
+    measure_retrained,
+    read_gap,
+    within_work,
+    write_gap,
+)
 from dints_search.recipe import Recipe
-from dints_search.report import actual_cost, write_report
+from dints_search.report import actual_cost, renew_gap, write_report
 from dints_search.search import Found
 from dints_search.space import ArchitectureParameters
 
@@ -31,6 +41,18 @@ def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, c
         parameters, folder / "relaxation", title=f"likely edges and operations, sigma {recipe.search.sigma:g}"
     )
     return chosen
+
+
+def conclude_retraining(folder: Path, run: Path, dataset: Dataset, *, device: str = "cpu") -> GapTable:
+    """Measure a finished run of a search's network on the cases that the search held out, and say so in its report.
+
+    Raises:
+        DatasetError: `cases-seen` when the run was trained on one of them; the search or the run is not finished.
+    """
+    gap = measure_retrained(read_gap(folder), run, dataset, device=device)
+    write_gap(folder, gap)
+    renew_gap(folder, gap)
+    return gap
 
 
 def report(

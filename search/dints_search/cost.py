@@ -72,6 +72,10 @@ class CostTable:
         deepest = max(level for level, on in enumerate(nodes) if on)
         return float(self.stems_out[: deepest + 1].sum()) + self.head
 
+    def scaled(self, factor: float) -> CostTable:
+        """Return the same costs in another unit."""
+        return CostTable(self.cells * factor, self.stems_in * factor, self.stems_out * factor, self.head * factor)
+
     def whole(self, num_blocks: int) -> float:
         """Return the cost of everything: every edge on, every operation of an edge equally weighted, all stems."""
         cells = num_blocks * float(self.cells.mean(axis=1).sum())

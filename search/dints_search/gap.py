@@ -45,7 +45,7 @@ class GapRow(Strict):
     Attributes:
         stage: the search network, a network with inherited weights, or a retrained one.
         name: of the decoder.
-        digest: of the genotype.
+        digest: of the genotype's edges and operations.
         dice, nsd: mean over the cases, then over the labels.
         dice_by_label: mean over the cases by label value.
         edges: active ones.
@@ -80,9 +80,7 @@ def all_decoded(supernet: Supernet, chosen: Chosen | None = None) -> dict[str, G
     found: dict[str, Genotype | Infeasible] = {name: decoder(parameters) for name, decoder in DECODERS.items()}
     if chosen is not None and chosen.budget:
         found[f"{chosen.limit:g} {chosen.budget}"] = chosen.genotype
-    return {
-        name: g if isinstance(g, Infeasible) else g.model_copy(update={"up": supernet.up}) for name, g in found.items()
-    }
+    return found
 
 
 def within_work(supernet: Supernet, recipe: Recipe, gmac: float) -> Genotype | Infeasible:
@@ -121,7 +119,7 @@ def measure_gap(
         if isinstance(genotype, Infeasible):
             rows.append(GapRow(stage=INHERITED, name=name, reason=genotype.reason))
         else:
-            digest, edges = genotype.digest(), sum(sum(row) for row in genotype.edge_active)
+            digest, edges = topology_digest(genotype), sum(sum(row) for row in genotype.edge_active)
             if digest not in known:
                 row = GapRow(stage=INHERITED, name=name, digest=digest, edges=edges)
                 known[digest] = _measured(supernet.inherit(genotype), cases, spec, device, row)
@@ -130,8 +128,10 @@ def measure_gap(
     return GapTable(cases=tuple(case.id for case in cases), rows=tuple(rows))
 
 
-def measure_retrained(table: GapTable, name: str, run: Path, dataset: Dataset, *, device: str = "cpu") -> GapTable:
+def measure_retrained(table: GapTable, run: Path, dataset: Dataset, *, device: str = "cpu") -> GapTable:
     """Return the table with one row more: a finished run of a decoded network, measured on the same cases.
+
+    The row has the name of the decoder whose network it is.
 
     Raises:
         DatasetError: `cases-seen` when the run was trained on one of them, `checkpoint-invalid` when it is unfinished.
@@ -144,10 +144,18 @@ def measure_retrained(table: GapTable, name: str, run: Path, dataset: Dataset, *
     cases = [case for case in dataset.cases if case.id in table.cases]
     genotype = network.genotype
     edges = sum(sum(row) for row in genotype.edge_active)
-    row = GapRow(stage=RETRAINED, name=name, digest=genotype.digest(), edges=edges)
+    digest = topology_digest(genotype)
+    decoders = (row.name for row in table.rows if (row.stage, row.digest) == (INHERITED, digest))
+    name = next(decoders, "another network")
+    row = GapRow(stage=RETRAINED, name=name, digest=digest, edges=edges)
     measured = _measured(network, cases, entry_of([config], "gap"), device, row)
     others = tuple(row for row in table.rows if (row.stage, row.name) != (RETRAINED, name))
     return table.model_copy(update={"rows": (*others, measured)})
+
+
+def topology_digest(genotype: Genotype) -> str:
+    """Return the digest of what a decoder decides: edges and operations, not how their network is built."""
+    return genotype.model_copy(update={"up": "reference", "direct_skip": False}).digest()
 
 
 def write_gap(folder: Path, table: GapTable) -> None:

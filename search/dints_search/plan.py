@@ -44,6 +44,13 @@ DICOM_MODALITY: Final = {"ct": "CT", "pet": "PT", "pt": "PT", "us": "US"}
 
 COLOURS: Final = ((230, 110, 40), (60, 130, 220), (90, 180, 90), (200, 60, 140), (240, 200, 60), (130, 90, 200))
 
+UNSAID: Final = {
+    "intended_use": "Say what scans this is for, and what for.",
+    "not_for": "Say what it must not be used for.",
+    "licence": "Say the licence of the data, which the weights inherit.",
+}
+"""What a planned recipe holds where only a person knows: it trains, but nothing is published with it."""
+
 Sizes = tuple[int, int, int]
 
 
@@ -83,9 +90,16 @@ def plan(
         for channel, seen in zip(recipe.channels, facts.channels, strict=True)
         for intensity in [choose_intensity(channel.modality, seen)]
     ]
-    training = recipe.retraining.model_copy(update={"batch": batch, "channel_multiplier": channel_multiplier})
+    sizes = {"batch": batch, "channel_multiplier": channel_multiplier}
+    single = {"precision": "fp32"} if window[0] == 2 * 2**space.num_depths else {}  # see run.check_precision
     planned = recipe.model_copy(
-        update={"spacing": spacing, "window": window, "channels": tuple(channels), "retraining": training}
+        update={
+            "spacing": spacing,
+            "window": window,
+            "channels": tuple(channels),
+            "search": recipe.search.model_copy(update=single),
+            "retraining": recipe.retraining.model_copy(update=sizes | single),
+        }
     )
     return planned, _reasons(facts, planned, [int(n) for n in shape], each, memory_bytes)
 
@@ -174,9 +188,9 @@ def _describe(dataset: Dataset, facts: Fingerprint) -> Recipe:
         schema_version=1,
         task=dataset.name,
         title=dataset.name,
-        intended_use="Say what scans this is for, and what for.",
-        not_for="Say what it must not be used for.",
-        licence="Say the licence of the data, which the weights inherit.",
+        intended_use=UNSAID["intended_use"],
+        not_for=UNSAID["not_for"],
+        licence=UNSAID["licence"],
         dataset=Declared(modality=dataset.channels, labels=tuple(dataset.labels.values())),
         channels=tuple(_channel(name) for name in dataset.channels),
         labels=tuple(_label(value, name, facts) for value, name in dataset.labels.items()),

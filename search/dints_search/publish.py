@@ -25,10 +25,12 @@ from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.files import make_folder, sync_folder, write_bytes, write_text
 from dints_deploy.runtime.evaluate import Evaluation, evaluate, unseen_cases
 from dints_deploy.runtime.sessions import open_sessions
-from dints_search.card import write_card
+from dints_search.card import RECIPE_FILE, write_card
 from dints_search.evaluate import entry_of
 from dints_search.export import Exported, certificate, export_network
 from dints_search.network import count_gmac, count_parameters
+from dints_search.plan import UNSAID
+from dints_search.recipe import Recipe
 from dints_search.run import trained_network
 
 MANY_WINDOWS: Final = 1_000
@@ -55,6 +57,7 @@ def publish(
     configs = [config for config, _ in trained]
     if len({(config.genotype, config.recipe.model_dump_json()) for config in configs}) != 1:
         raise DatasetError("run-mismatch", "expected runs of one recipe and one genotype")
+    check_words(configs[0].recipe)
     spec = entry_of(configs, name, version)
     seen = tuple(case for case in dataset.cases if case.id in configs[0].cases)
     exports = [export_network(network, spec, seen) for _, network in trained]
@@ -63,6 +66,8 @@ def publish(
         staged = Path(work) / name
         staged.mkdir()
         write_weights(staged, spec, exports, runs[0])
+        recipe = configs[0].recipe.model_dump(mode="json", exclude_none=True)
+        write_text(staged / RECIPE_FILE, tomli_w.dumps(recipe))
         write_text(staged / SUMS_FILE, write_sums(staged))
         metrics = measure(load_entry(staged), dataset, progress)
         write_text(staged / "metrics.json", json.dumps(metrics, indent=1) + "\n")
@@ -74,6 +79,20 @@ def publish(
         shutil.move(staged, target)
     sync_folder(out)
     return target
+
+
+def check_words(recipe: Recipe) -> None:
+    """Refuse a planned recipe whose words nobody has completed.
+
+    Raises:
+        DatasetError: `recipe-invalid`.
+    """
+    if unsaid := [name for name, words in UNSAID.items() if getattr(recipe, name) == words]:
+        raise DatasetError(
+            "recipe-invalid",
+            f"expected a person's words for {', '.join(unsaid)} in the recipe, found the planner's: complete the "
+            "recipe's file, and those lines of the run's config.toml",
+        )
 
 
 def write_weights(folder: Path, spec: Entry, exports: list[Exported], run: Path) -> None:

@@ -25,6 +25,9 @@ REPORT_FILE: Final = "report.md"
 CURVES_FILE: Final = "curves.png"
 TIMED_PASSES: Final = 9
 
+GAP_HEAD: Final = "## Discretisation gap\n"
+COURSE_HEAD: Final = "## Course\n"
+
 
 def write_report(folder: Path, chosen: Chosen, gap: GapTable | None = None) -> Path:
     """Write `report.md` and `curves.png` into a finished search's folder.
@@ -47,9 +50,9 @@ def write_report(folder: Path, chosen: Chosen, gap: GapTable | None = None) -> P
         "![the network found](architecture.png)\n",
         "## Network\n",
         _network(chosen, config.recipe),
-        "## Discretisation gap\n",
+        GAP_HEAD,
         "Not measured.\n" if gap is None else gap_text(gap),
-        "## Course\n",
+        COURSE_HEAD,
         f"{len(lines)} iterations in {seconds / 60:.1f} min.\n",
         "![losses, entropies, memory, learning rate](curves.png)\n",
         "## What the search holds likely\n",
@@ -60,6 +63,14 @@ def write_report(folder: Path, chosen: Chosen, gap: GapTable | None = None) -> P
     ]
     write_text(folder / REPORT_FILE, "\n".join(parts))
     return folder / REPORT_FILE
+
+
+def renew_gap(folder: Path, gap: GapTable) -> None:
+    """Put another table of the gap into a search's report."""
+    path = folder / REPORT_FILE
+    before, _, rest = path.read_text(encoding="utf-8").partition(GAP_HEAD)
+    _, _, after = rest.partition(COURSE_HEAD)
+    write_text(path, f"{before}{GAP_HEAD}\n{gap_text(gap)}\n{COURSE_HEAD}{after}")
 
 
 def actual_cost(genotype: Genotype, recipe: Recipe, unit: str) -> float:

@@ -167,7 +167,11 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def inherit(self, genotype: Genotype) -> DiNTSNetwork:
-        """Return the genotype's network with copies of the weights that it shares with this one."""
+        """Return the genotype's network with copies of the weights that it shares with this one.
+
+        It goes up as this network does and has no direct skip, whatever the genotype says: those weights were trained.
+        """
+        genotype = genotype.model_copy(update={"up": self.up, "direct_skip": False})
         network = DiNTSNetwork(
             genotype,
             in_channels=self.in_channels,

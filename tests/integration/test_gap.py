@@ -27,7 +27,7 @@ from dints_search.gap import (
 )
 from dints_search.genotype import Genotype
 from dints_search.recipe import Recipe
-from dints_search.report import actual_cost, write_report
+from dints_search.report import actual_cost, renew_gap, write_report
 from dints_search.retrain import retrain
 from dints_search.run import configure
 from dints_search.search import Found, search
@@ -95,15 +95,16 @@ def test_every_network_is_measured_with_the_weights_that_it_inherits(
 def test_after_retraining_the_same_cases_are_measured_and_only_by_a_network_that_has_not_seen_them(
     folder: Path, recipe: Recipe, dataset: Dataset, found: Found, chosen: Chosen
 ) -> None:
-    table = measure_gap(found.network, {}, found.parts.held_out, recipe)
+    decoded = {"mine": chosen.genotype.model_copy(update={"direct_skip": True})}
+    table = measure_gap(found.network, decoded, found.parts.held_out, recipe)
     retrain(recipe, chosen.genotype, dataset, folder / "seen", fold=0)
     with pytest.raises(DatasetError, match="expected a run without the held-out cases"):
-        measure_retrained(table, "dints", folder / "seen", dataset)
+        measure_retrained(table, folder / "seen", dataset)
     retrain(recipe, chosen.genotype, dataset, folder / "unseen", fold=0, without=table.cases)
-    more = measure_retrained(table, "dints", folder / "unseen", dataset)
+    more = measure_retrained(table, folder / "unseen", dataset)
     assert more.rows[-1].digest == chosen.genotype.digest()
-    assert more.dice(RETRAINED, "dints") is not None
-    assert measure_retrained(more, "dints", folder / "unseen", dataset) == more  # a second time it takes its place
+    assert more.dice(RETRAINED, "mine") is not None
+    assert measure_retrained(more, folder / "unseen", dataset) == more  # a second time it takes its place
 
 
 def test_the_report_says_what_was_asked_found_and_lost(
@@ -121,6 +122,8 @@ def test_the_report_says_what_was_asked_found_and_lost(
     for setting in ("sigma", "architecture_rate", "commit", "held_out"):
         assert f"| {setting} |" in said
     assert "Not measured" in write_report(place, chosen).read_text(encoding="utf-8")
+    renew_gap(place, gap)
+    assert (place / "report.md").read_text(encoding="utf-8") == said
 
 
 def test_a_smaller_budget_gives_a_smaller_network(recipe: Recipe, found: Found) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,8 @@ from dints_deploy.runtime.sessions import open_sessions
 from dints_search.card import write_card
 from dints_search.evaluate import entry_of
 from dints_search.export import Exported, export_network, real_windows
+from dints_search.plan import UNSAID
+from dints_search.recipe import read_recipe
 from dints_search.run import trained_network
 from tests.tiny_entry import Said, run_cli, scan_file
 from tests.tiny_task import write_description, write_genotype, write_recipe, write_task
@@ -37,7 +40,16 @@ from tests.tiny_task import write_description, write_genotype, write_recipe, wri
 # torch 2.13 calls its own deprecated isinstance check while it exports
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 
-FILES = {"entry.toml", "genotype.json", "model.onnx", "parity.json", "parity_inputs.npz", "metrics.json", "card.md"}
+FILES = {
+    "entry.toml",
+    "genotype.json",
+    "model.onnx",
+    "parity.json",
+    "parity_inputs.npz",
+    "metrics.json",
+    "card.md",
+    "recipe.toml",
+}
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +277,23 @@ def test_two_runs_make_an_ensemble_that_was_measured_on_nothing_it_saw(place: Pa
     scan = place / "task" / "imagesTr" / "ball_000.nii.gz"
     said = run_cli("segment", scan, "--model", str(entry.folder), "-o", tmp_path / "o.nii.gz", "--json")
     assert len(json.loads(said.out)["cases"][0]["model"]["weights_sha256"]) == 2
+
+
+def test_an_entry_brings_the_recipe_it_was_trained_with_and_the_card_names_it(place: Path) -> None:
+    entry = place / "out" / "balls"
+    assert read_recipe(entry / "recipe.toml") == trained_network(place / "run0")[0].recipe
+    assert "--task zoo/balls/recipe.toml" in (entry / "card.md").read_text()
+
+
+def test_a_planned_recipe_is_not_published_before_a_person_has_completed_its_words(place: Path) -> None:
+    shutil.copytree(place / "run0", place / "unsaid")
+    path = place / "unsaid" / "config.toml"
+    path.write_text(re.sub('licence = ".*"', f'licence = "{UNSAID["licence"]}"', path.read_text()))
+    said = publish(place, "unsaid", "unsaid")
+    assert said.code == 1
+    assert "words for licence" in said.err
+    assert "[recipe-invalid]" in said.err
+    assert not (place / "out" / "unsaid").exists()
 
 
 def test_an_ensemble_of_one_fold_keeps_its_fold(place: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from dints_deploy.cli.search import search_command
 from dints_search.genotype import read_genotype
 from dints_search.metrics import read_metrics
-from dints_search.search_run import read_architecture
+from dints_search.run import read_config
+from dints_search.search_run import read_architecture, read_search_config
 from tests.command import Machine
 from tests.tiny_task import tiny_search_recipe, write_task
 
@@ -67,6 +68,21 @@ def test_two_processes_search_as_one_with_the_doubled_batch(machine: Machine, al
         assert one == pytest.approx(other, rel=1e-5)
     for a, b in zip(read_architecture(alone).parameters(), read_architecture(two).parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_retraining_a_searchs_network_leaves_out_what_the_search_held_out_and_renews_its_report(
+    machine: Machine, alone: Path
+) -> None:
+    words = ["retrain", "--search", "alone", "--task", "tiny.toml", "--data", "task", "--out", "again", "--json"]
+    done = machine.run(*words, "--steps", "8", "--threads", "1")
+    assert done.code == 0, done.err
+    held_out = read_search_config(alone).held_out
+    assert held_out
+    assert not set(held_out) & set(read_config(alone.parent / "again").cases)
+    assert "| retrained, dints |" in (alone / "report.md").read_text(encoding="utf-8")
+    both = machine.run(*words, "--genotype", str(alone / "genotype.json"))
+    assert both.code == 2
+    assert "either --genotype FILE or --search RUN" in both.out + both.err
 
 
 def test_a_search_needs_its_three_arguments(machine: Machine) -> None:

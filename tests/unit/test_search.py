@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,18 @@ def test_a_budget_is_kept_and_told(tmp_path: Path, joint: bool) -> None:
     with pytest.raises(DatasetError) as caught:
         choose(parameters, Choice(max_gmac=1e-9 * free), recipe)
     assert caught.value.code == "genotype-invalid"
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_budget_that_is_too_small_names_one_that_suffices_in_the_users_unit(tmp_path: Path, joint: bool) -> None:
+    recipe, parameters = tiny_search_recipe(tmp_path), drawn()
+    limit = 1e-6
+    for _ in range(2):  # the least a network takes, then what is enough with the grid's rounding
+        with pytest.raises(DatasetError, match="MiB: give a greater budget") as caught:
+            choose(parameters, Choice(max_memory=limit, joint=joint), recipe)
+        limit = float(re.findall(r"at least ([^,]+),", caught.value.message)[0]) * (1 + 1e-5)
+    chosen = choose(parameters, Choice(max_memory=limit, joint=joint), recipe)
+    assert chosen.predicted <= limit < 100
 
 
 @pytest.mark.parametrize(
