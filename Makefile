@@ -55,7 +55,9 @@ test-gpu: $(VENV)/done
 	$(VENV)/bin/pytest tests/gpu
 
 # Apart from each other, so that native code that fails in one group (three engines beside torch) cannot take another
-# with it. The second group waits for daemons and timers more than it computes; its longest files come first.
+# with it. The second group waits for daemons and timers more than it computes; its longest files come first. Threads that
+# wait for each other do not spin: tests side by side have more of them than there are cores.
+test: export OMP_WAIT_POLICY := PASSIVE
 test: check
 	$(VENV)/bin/pytest tests/contract tests/gpu
 	$(VENV)/bin/pytest tests/acceptance tests/architecture tests/integration -n 3 $(BY_FILE)
