@@ -6,7 +6,6 @@ weights after the last step are the ones published. A run resumes bit-exactly on
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -28,6 +27,7 @@ from dints_search.augment import Augmenter
 from dints_search.checkpoint import load_checkpoint, save_checkpoint
 from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
 from dints_search.genotype import Genotype
+from dints_search.metrics import Figures, Metrics, read_metrics
 from dints_search.recipe import Recipe, Retraining
 from dints_search.run import build_network, check_precision, configure, open_run
 from dints_search.world import World
@@ -114,13 +114,14 @@ def retrain(
         seed=seed,
         length=settings.steps * settings.batch,
     )
-    for image, label in batches(patches, settings.batch, first=state.step, device=device):
-        loss, rate = train_step(state, image, label, settings)
-        report(state.step, loss, rate)
-        if state.step % LOG_EVERY == 0:
-            _log(folder, state, rate)
-        if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
-            state.save(checkpoint, configuration)
+    with Metrics(folder, step=state.step) as metrics:
+        for image, label in batches(patches, settings.batch, first=state.step, device=device):
+            loss, rate = train_step(state, image, label, settings)
+            report(state.step, loss, rate)
+            if state.step % LOG_EVERY == 0:
+                metrics.add(_line(state, rate))
+            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
+                state.save(checkpoint, configuration)
     return _finish(folder, state.average)
 
 
@@ -227,14 +228,17 @@ def _average(state: State, decay: float) -> None:
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
-def _log(folder: Path, state: State, rate: float) -> None:
+def _line(state: State, rate: float) -> Figures:
+    """Return the figures of the last steps."""
     mean = sum(state.losses) / len(state.losses)
-    line = {"step": state.step, "loss": round(mean, 6), "learning_rate": rate, "time": round(time.time(), 1)}
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    return {"step": state.step, "loss": round(mean, 6), "learning_rate": rate, "time": round(time.time(), 1)}
 
 
 def _finish(folder: Path, average: nn.Module) -> Path:
+    """Draw the course and write the weights to publish; return their path."""
+    from dints_search.curves import draw_retraining_curves  # matplotlib is slow to import, and only wanted here
+
+    draw_retraining_curves(read_metrics(folder), folder / "curves.png")
     path = folder / "weights.safetensors"
     write_bytes(path, save({name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}))
     return path

@@ -1,6 +1,6 @@
 """A run folder: what was asked for, so that a run can resume, be evaluated and be published.
 
-RUN/  config.toml  genotype.json  checkpoint.pt  metrics.jsonl  weights.safetensors (at the end)
+RUN/  config.toml  genotype.json  checkpoint.pt  metrics.jsonl  events/  then  curves.png  weights.safetensors
 """
 
 from __future__ import annotations

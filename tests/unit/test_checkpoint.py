@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from hypothesis import strategies as st
 
 from dints_deploy.errors import DatasetError, OutputError
 from dints_search.checkpoint import load_checkpoint, save_checkpoint
+from dints_search.metrics import read_metrics
+from tests.small_disk import small_disk
 from tests.tiny_entry import full_disk
-from tests.tiny_task import train, write_task
+from tests.tiny_task import search_tiny, train, write_task
 
 DIGEST = "d" * 64
 
@@ -163,6 +167,37 @@ def test_a_run_that_met_a_full_disk_goes_on_when_there_is_room(tmp_path: Path) -
     assert not list((tmp_path / "run").glob(".partial*"))
     train(tmp_path, precision="fp32", steps=4, checkpoint_every=4, resume=True)
     assert whole.read_bytes() == expected
+
+
+@pytest.mark.parametrize("kilobytes", [16, 64])
+def test_a_search_on_a_full_disk_says_so_in_one_error_and_goes_on_when_there_is_room(
+    tmp_path: Path, kilobytes: int
+) -> None:
+    """The smaller disk is full of metrics before a checkpoint is due, the other has no room for the checkpoint."""
+    options: dict[str, Any] = {"steps": 80, "warmup": 0.99, "checkpoint_every": 80}
+    write_task(tmp_path / "task")
+    with small_disk(tmp_path / "run", kilobytes=kilobytes):
+        assert refused(search_tiny, tmp_path, **options) == "disk-full"
+        assert [p for p in (tmp_path / "run").iterdir() if p.name.startswith((".partial", "checkpoint"))] == []
+        steps = [figures["step"] for figures in read_metrics(tmp_path / "run")]
+        assert steps == list(range(1, len(steps) + 1))
+        assert (len(steps) == 80) == (kilobytes == 64)
+        kept = tmp_path / "kept"
+        shutil.copytree(tmp_path / "run", kept / "run")
+    shutil.copytree(tmp_path / "task", kept / "task")
+    search_tiny(kept, resume=True, **options)
+    assert [figures["step"] for figures in read_metrics(kept / "run")] == list(range(1, 81))
+
+
+def refused(run: Callable[..., Path], folder: Path, **options: Any) -> str:
+    """Return the code that a run ends with, and let go of its frames: what reads its patches keeps files open."""
+    try:
+        run(folder, **options)
+    except OutputError as error:
+        return error.code
+    finally:
+        gc.collect()
+    return ""
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:

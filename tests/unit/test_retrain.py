@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from dints_deploy.catalog.dataset import read_dataset
@@ -18,8 +19,9 @@ from dints_deploy.errors import DatasetError
 from dints_deploy.files import sha256_file
 from dints_search.checkpoint import load_checkpoint
 from dints_search.genotype import parse_genotype
+from dints_search.metrics import read_metrics
 from dints_search.recipe import Retraining
-from dints_search.retrain import learning_rate, retrain, start, train_step
+from dints_search.retrain import LOG_EVERY, learning_rate, retrain, start, train_step
 from dints_search.run import read_config, trained_network
 from tests.tiny_task import tiny_genotype, tiny_recipe, train, train_and_die, train_apart, write_task
 
@@ -133,6 +135,26 @@ def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(
     assert not list(resumed.glob(".partial*"))
 
 
+def test_a_run_that_was_killed_and_resumed_has_the_figures_of_one_that_was_not(tmp_path: Path) -> None:
+    """The kill comes after a line that the last checkpoint does not know, and tears another."""
+    options: dict[str, Any] = {"steps": 60, "checkpoint_every": 20, "precision": "fp32"}
+    for name in ("whole", "killed"):
+        write_task(tmp_path / name / "task")
+    train_and_die(tmp_path / "killed", 52, **options)
+    with (tmp_path / "killed" / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7')
+    runs = [train_apart(tmp_path / "killed", resume=True, **options), train_apart(tmp_path / "whole", **options)]
+    killed, whole = ([{**line, "time": 0} for line in read_metrics(run)] for run in runs)
+    assert killed == whole
+    assert [line["step"] for line in killed] == [LOG_EVERY, 2 * LOG_EVERY]
+    for run in runs:
+        curve = EventAccumulator(str(run / "events")).Reload().Scalars("loss")
+        assert [(event.step, event.value) for event in curve] == [
+            (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in whole
+        ]
+        assert (run / "curves.png").stat().st_size > 1000
+
+
 def test_the_average_is_what_is_published(whole: Path) -> None:
     weights = load_file(whole / "fp32" / "run" / "weights.safetensors")
     state = saved(whole / "fp32" / "run")
@@ -179,11 +201,16 @@ def test_a_run_records_the_ids_and_digests_of_what_it_was_trained_on(whole: Path
 
 def refused(folder: Path, code: str, **changes: Any) -> None:
     """Assert that resuming the run in `folder` is refused with a code and touches no file of it."""
-    before = {path.name: sha256_file(path) for path in (folder / "run").iterdir()}
+    before = digests(folder / "run")
     with pytest.raises(DatasetError) as caught:
         train(folder, **{"resume": True, "precision": "fp32", **changes})
     assert caught.value.code == code
-    assert {path.name: sha256_file(path) for path in (folder / "run").iterdir()} == before
+    assert digests(folder / "run") == before
+
+
+def digests(run: Path) -> dict[Path, str]:
+    """Return the digest of every file of a run."""
+    return {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
 
 
 def test_another_configuration_does_not_continue_a_run(whole: Path, tmp_path: Path) -> None:
