@@ -1,12 +1,14 @@
 """A full CT on the CPU with a DiNTS network of about 140 GMAC a window, against MONAI's and nnU-Net's loops.
 
     python -m benchmarks.full_ct --data CT.nii.gz [--work FOLDER] [--part whole|eighth] [--rounds 3]
-                                 [--contender NAME ...] [--nnunet-python PYTHON] [--factor 4]
+                                 [--contender NAME ...] [--nnunet-python PYTHON] [--factor 4] [--cpu]
 
 The CT is resampled to `factor` times its voxels along each axis. Every contender gets the same weights, overlap 0.25
 and float32, and starts from a fresh process with the scan's file. Contenders of one part run in turns; runs add up in
 benchmarks/results/full_ct.json, so that a part or a contender can be run later. nnU-Net runs in the interpreter that
-has it (`--nnunet-python`), on the same torch. Before bf16 or int8 can take part, certify them:
+has it (`--nnunet-python`), on the same torch. With --cpu every contender gets one thread and the processor's seconds
+are counted, for a machine that others use too; those runs go to full_ct_cpu.json. Before bf16 or int8 can take part,
+certify them:
 
     DINTS_ZOO=FOLDER/zoo DINTS_STATE=FOLDER/state dints-deploy export random-3 --openvino --precision int8
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -46,15 +49,16 @@ def main() -> None:
     entry, gmac = entry_of(work, options.multiplier, options.window, scans["whole"])
     commands = contenders(entry, scans[options.part], work, options)
     chosen = options.contender or [name for name in commands if name != NNUNET or options.nnunet_python]
-    result = read("full_ct") or {"title": TITLE, "runs": {"whole": {}, "eighth": {}}}
+    where, title = ("full_ct_cpu", f"{TITLE}, processor seconds on one thread") if options.cpu else ("full_ct", TITLE)
     for _ in range(options.rounds):
         for name in chosen:
-            run = timed(commands[name], work)
+            run = timed(commands[name], work, one_thread=options.cpu)
             run["agreement"] = agreement(work, options.part, name)
+            result = read(where) or {"title": title, "runs": {"whole": {}, "eighth": {}}}
             result["runs"][options.part].setdefault(name, []).append(run)
             print(options.part, name, json.dumps(run), flush=True)
             result["facts"] = {"GMAC per window": round(gmac, 1), "overlap": OVERLAP, **shapes(scans)}
-            write("full_ct", result)
+            write(where, result)
 
 
 def arguments() -> Any:
@@ -68,6 +72,7 @@ def arguments() -> Any:
     parser.add_argument("--factor", type=float, default=4.0)
     parser.add_argument("--multiplier", type=float, default=1.0, help="of the network's channels")
     parser.add_argument("--window", type=int, default=96)
+    parser.add_argument("--cpu", action="store_true", help="count processor seconds, on one thread")
     return parser.parse_args()
 
 
@@ -118,17 +123,27 @@ def labels_path(work: Path, part: str, name: str) -> Path:
     return work / f"{part}-{''.join(c if c.isalnum() else '_' for c in name)}.nii.gz"
 
 
-def timed(command: list[str], work: Path) -> dict[str, Any]:
-    """Run a command in a fresh process and return its seconds and what it says of itself."""
+def timed(command: list[str], work: Path, *, one_thread: bool) -> dict[str, Any]:
+    """Run a command in a fresh process and return its seconds and what it says of itself.
+
+    Args:
+        command: of the contender.
+        work: the folder of its entry and certificates.
+        one_thread: let it run on one thread, and count its processor's seconds instead of the clock's.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'search'}",
         "DINTS_ZOO": str(work / "zoo"),
         "DINTS_STATE": str(work / "state"),
     }
-    begin = time.perf_counter()
+    if one_thread:
+        environment["OMP_NUM_THREADS"] = "1"
+        command = [*command, "--threads", "1"]
+    clock = children_seconds if one_thread else time.perf_counter
+    begin = clock()
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     if done.returncode:
         raise SystemExit(f"expected {command[0]} to run, found: {done.stderr[-2000:]}")
     said = json.loads(done.stdout[done.stdout.index("{") :])
@@ -138,6 +153,12 @@ def timed(command: list[str], work: Path) -> dict[str, Any]:
     engine = case["engine"]
     told = {"windows": engine["windows"], "windows_run": engine["windows_run"], "precision": engine["precision"]}
     return {"seconds": seconds, **told, "stages": case["seconds"]}
+
+
+def children_seconds() -> float:
+    """Return the processor seconds of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def agreement(work: Path, part: str, name: str) -> float | None:

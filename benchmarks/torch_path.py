@@ -34,7 +34,10 @@ def main() -> None:
     parser.add_argument("--multiplier", type=float, default=1.0)
     parser.add_argument("--window", type=int, default=96)
     parser.add_argument("--overlap", type=float, default=0.25)
+    parser.add_argument("--threads", type=int, help="all by default")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     network = build(options.classes, options.multiplier)
     network.load_state_dict(torch.load(options.state, weights_only=True))
     network.eval()
