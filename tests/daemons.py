@@ -124,7 +124,7 @@ class Site:
         """Send files to the daemon in one association."""
         send(Remote("127.0.0.1", self.port, "DINTS", calling, timeout_seconds=seconds), files)
 
-    def wait_done(self, count: int, *, seconds: float = 60.0) -> None:
+    def wait_done(self, count: int, *, seconds: float = 120.0) -> None:
         """Wait until so many jobs are done and none is under way."""
 
         def done() -> bool:
