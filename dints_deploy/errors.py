@@ -175,6 +175,7 @@ REASONS: Final[dict[str, str]] = {
     "recipe-invalid": "the recipe or run configuration does not follow its schema",
     "run-mismatch": "the run folder belongs to another configuration",
     "checkpoint-invalid": "the checkpoint is damaged",
+    "training-diverged": "the loss or a gradient of a training or search is not a finite number",
     "parity-failed": "the exported network differs from the trained one by more than the threshold",
 }
 """Every reason code, and what it means. Codes are stable: scripts and the runbook depend on them."""

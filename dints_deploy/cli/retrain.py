@@ -27,7 +27,7 @@ def retrain_command(
     fold: Annotated[int, typer.Option(help="Train on the training part of this fold, 0..4.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda:N; several processes: torchrun.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of the recipe's.")] = None,
     settings: Annotated[
@@ -49,6 +49,7 @@ def retrain_command(
             from dints_search.recipe import find_recipe, override, with_steps
             from dints_search.retrain import retrain
             from dints_search.search_run import read_search_config
+            from dints_search.world import leads
         if threads is not None:
             torch.set_num_threads(threads)
         if (genotype is None) == (search is None):
@@ -72,6 +73,8 @@ def retrain_command(
                 without=held_out,
                 report=lambda step, loss, rate: bar(step, recipe.retraining.steps),
             )
+        if not leads():
+            return
         if search:
             conclude_retraining(search, out, dataset, device=device)
         say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")

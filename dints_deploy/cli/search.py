@@ -43,7 +43,7 @@ def search_command(
     width: Annotated[float | None, typer.Option(help="Channel multiplier of the search network.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, or on a GPU fp16.")] = None,
     memory: Annotated[str | None, typer.Option(help="Form of the memory loss: measured or reference.")] = None,
-    unrolled: Annotated[bool, typer.Option("--unrolled", help="DARTS's second-order architecture step.")] = False,
+    unrolled: Annotated[bool, typer.Option("--unrolled", help="DARTS's second-order step, in fp32.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Let torch.compile translate the network.")] = False,
     decode: Annotated[str, typer.Option(help="dints, block, darts or single-path.")] = "dints",

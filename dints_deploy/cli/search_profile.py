@@ -39,11 +39,11 @@ def profile_command(
             import torch
 
             from dints_search.cost import Setting
+            from dints_search.fits import check_device
             from dints_search.space import SearchSpace
         if threads is not None:
             torch.set_num_threads(threads)
-        if device != "cpu" and not torch.cuda.is_available():
-            raise UsageError("usage", f"expected --device cpu on this machine, which has no GPU, found {device}")
+        check_device(device)
         found = [(name, _genotype(name)) for name in genotype]
         setting = Setting(SearchSpace(), _sizes(size, found), channels, classes, width, batch)
         rows = []

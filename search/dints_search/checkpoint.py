@@ -17,6 +17,9 @@ import torch
 from dints_deploy.errors import DatasetError
 from dints_deploy.files import write_bytes
 
+CHECKPOINT: Final = "checkpoint.pt"
+"""Its name in a run folder."""
+
 MARK: Final = b"dints-checkpoint-1\n"
 DIGEST_BYTES: Final = 32
 

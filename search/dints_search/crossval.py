@@ -14,11 +14,13 @@ from typing import Any
 
 from dints_deploy.catalog.dataset import FOLDS, Dataset
 from dints_deploy.catalog.entry import Label
+from dints_deploy.errors import UsageError
 from dints_deploy.files import write_text
 from dints_search.evaluate import evaluate_run
 from dints_search.genotype import Genotype
 from dints_search.recipe import Recipe
 from dints_search.retrain import retrain
+from dints_search.world import started
 
 EVALUATION = "evaluation.json"
 SUMMARY = "crossval.json"
@@ -73,7 +75,14 @@ def crossval(
 
     Raises:
         DatasetError: as for `retrain` and `evaluate_run`; `run-mismatch` where `out` holds another configuration.
+        UsageError: several processes.
     """
+    if started() > 1:
+        raise UsageError(
+            "usage",
+            f"expected crossval in one process, found {started()} under torchrun: train fold N with torchrun and "
+            f"`dints-deploy retrain --fold N --out {out}/foldN`; crossval then measures the folds and sums them up",
+        )
     evaluations = {}
     for fold in folds:
         run = out / f"fold{fold}"

@@ -91,7 +91,7 @@ def plan(
         for intensity in [choose_intensity(channel.modality, seen)]
     ]
     sizes = {"batch": batch, "channel_multiplier": channel_multiplier}
-    single = {"precision": "fp32"} if window[0] == 2 * 2**space.num_depths else {}  # see run.check_precision
+    single = {"precision": "fp32"} if window[0] == 2 * 2**space.num_depths else {}  # see fits.check_fits
     planned = recipe.model_copy(
         update={
             "spacing": spacing,

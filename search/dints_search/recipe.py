@@ -31,7 +31,7 @@ from dints_deploy.catalog.entry import (
 from dints_deploy.catalog.preparation import Channel, Preparation, Sizes, Spacing
 from dints_deploy.catalog.strict import Strict, faults, read_toml
 from dints_deploy.errors import DatasetError
-from dints_search.searching import Searching
+from dints_search.searching import Searching, Width
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -91,7 +91,7 @@ class Retraining(Strict):
     clip_norm: PositiveFloat = 5.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     foreground: Probability = 0.5
-    channel_multiplier: PositiveFloat = 1.0
+    channel_multiplier: Width = 1.0
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: PositiveInt = 250
     augmentation: Augmentation = Augmentation()

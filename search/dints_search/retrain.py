@@ -1,14 +1,15 @@
 """Retrain a discrete network on one fold's training part: AdamW, Dice + cross-entropy, a schedule that ends at zero.
 
 No choice is made on the fold's validation part: there is no early stopping and no best checkpoint; the averaged (EMA)
-weights after the last step are the ones published. A run resumes bit-exactly on a CPU at an equal number of threads.
+weights after the last step are the ones published. A run resumes bit-exactly on a CPU at an equal number of threads,
+and runs in several processes under `torchrun`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -16,27 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.losses import DiceCELoss
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from dints_deploy.catalog.dataset import Dataset
+from dints_deploy.catalog.dataset import Case, Dataset
 from dints_deploy.files import write_bytes
 from dints_search.augment import Augmenter
-from dints_search.checkpoint import load_checkpoint, save_checkpoint
+from dints_search.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
+from dints_search.fits import check_fits
 from dints_search.genotype import Genotype
 from dints_search.metrics import Figures, Metrics, read_metrics
 from dints_search.recipe import Recipe, Retraining
-from dints_search.run import build_network, check_precision, configure, open_run
-from dints_search.world import World
+from dints_search.run import WEIGHTS, RunConfig, build_network, check_run, configure, open_run
+from dints_search.segmentation_loss import check_finite, segmentation_loss
+from dints_search.world import World, joined
 
 LOG_EVERY = 25
 """Steps between two lines of metrics.jsonl."""
 
 Report = Callable[[int, float, float], None]
-"""Called after every step with (step, loss, learning rate)."""
+"""Called after every step with (step, loss, learning rate), in the process that writes."""
 
 
 @dataclass
@@ -91,38 +93,61 @@ def retrain(
     Cases named in `without` are left out, to measure on them inside the training part.
 
     Raises:
-        DatasetError: a bad case, another configuration in `folder`, or a damaged checkpoint.
+        DatasetError: a bad case, a window that does not fit, another configuration in `folder`, a damaged checkpoint,
+            or `training-diverged`. UsageError: no such device.
     """
-    settings = recipe.retraining
-    check_precision(recipe, genotype)
+    check_fits(recipe, genotype.num_depths)
     check_dataset(dataset, recipe)
     training = tuple(case for case in dataset.fold(fold)[0] if case.id not in without)
-    config = configure(recipe, genotype, training, fold=fold, seed=seed)
-    open_run(folder, config, genotype, resume=resume)
-    torch.manual_seed(seed)
-    state = start(build_network(config, genotype).to(device), settings)
-    checkpoint, configuration = folder / "checkpoint.pt", config.digest()
-    if checkpoint.exists():
-        state.load(checkpoint, configuration)
+    with joined(device) as (world, place):
+        config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
+        config = check_run(folder, config, resume=resume)
+        patches = _patches(recipe, training, world, seed=seed, cache=cache)
+        world.wait()  # every process has looked at the folder
+        if world.writes:
+            open_run(folder, config, genotype)
+        torch.manual_seed(seed)
+        state = start(build_network(config, genotype).to(place), recipe.retraining)
+        if (folder / CHECKPOINT).exists():
+            state.load(folder / CHECKPOINT, config.digest())
+        source = batches(patches, recipe.retraining.batch, first=state.step, device=place, world=world)
+        _train(state, config, folder, source, world, report)
+        if world.writes:
+            _finish(folder, state.average)
+        world.wait()
+    return folder / WEIGHTS
+
+
+def _patches(recipe: Recipe, training: Sequence[Case], world: World, *, seed: int, cache: Path | None) -> Patches:
+    """Read the training cases; return the patches that all processes take of them."""
+    settings = recipe.retraining
     cases = load_cases(training, recipe.preparation, recipe.label_names, cache=cache)
     check_classes(cases, recipe.label_names)
-    patches = Patches(
+    return Patches(
         cases,
         window=recipe.window,
         foreground=settings.foreground,
         augmenter=Augmenter(settings.augmentation, recipe.channels),
         seed=seed,
-        length=settings.steps * settings.batch,
+        length=settings.steps * world.size * settings.batch,
     )
-    with Metrics(folder, step=state.step) as metrics:
-        for image, label in batches(patches, settings.batch, first=state.step, device=device):
-            loss, rate = train_step(state, image, label, settings)
-            report(state.step, loss, rate)
+
+
+def _train(
+    state: State, config: RunConfig, folder: Path, source: Iterator[tuple[Tensor, Tensor]], world: World, report: Report
+) -> None:
+    settings = config.recipe.retraining
+    with Metrics(folder, step=state.step, writes=world.writes) as metrics:
+        for image, label in source:
+            loss, rate = train_step(state, image, label, settings, world)
+            if world.writes:
+                report(state.step, loss, rate)
             if state.step % LOG_EVERY == 0:
                 metrics.add(_line(state, rate))
             if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
-                state.save(checkpoint, configuration)
-    return _finish(folder, state.average)
+                if world.writes:
+                    state.save(folder / CHECKPOINT, config.digest())
+                world.wait()
 
 
 def start(network: nn.Module, settings: Retraining) -> State:
@@ -178,26 +203,36 @@ def batches(
         yield patches.augmenter(image.to(device), label.to(device), seeds=seeds.tolist())
 
 
-LOSS = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-"""Dice over the batch without the background, plus cross-entropy over all classes. No deep supervision: DiNTS has none,
-and its multi-resolution blocks carry gradients to every level anyway."""
+def train_step(
+    state: State,
+    image: Tensor,
+    label: Tensor,
+    settings: Retraining,
+    world: World = World(),  # noqa: B008 (frozen)
+) -> tuple[float, float]:
+    """Do one optimiser step and update the average; return the loss and the learning rate.
 
+    No deep supervision: DiNTS has none, and its multi-resolution blocks carry gradients to every level anyway.
 
-def train_step(state: State, image: Tensor, label: Tensor, settings: Retraining) -> tuple[float, float]:
-    """Do one optimiser step and update the average; return the loss and the learning rate."""
-    rate = learning_rate(state.step, settings)
+    Raises:
+        DatasetError: `training-diverged`; the weights are those of before.
+    """
+    rate, weights = learning_rate(state.step, settings), list(state.network.parameters())
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.network.train()
     with autocast(image.device.type, settings.precision):
         logits = state.network(image)  # (N, classes, I, J, K)
-    loss: Tensor = LOSS(logits.float(), label)
+    loss = segmentation_loss(logits.float(), label, world)
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(state.network.parameters(), settings.clip_norm)
+    value = loss.detach()
+    world.average([value, *(p.grad for p in weights if p.grad is not None)])
+    norm = nn.utils.clip_grad_norm_(weights, settings.clip_norm)
+    check_finite("the network", value, norm)
     state.optimiser.step()
     state.step += 1
-    state.losses = [*state.losses[1 - LOG_EVERY :], loss.item()]
+    state.losses = [*state.losses[1 - LOG_EVERY :], value.item()]
     _average(state, settings.ema)
     return state.losses[-1], rate
 
@@ -234,11 +269,10 @@ def _line(state: State, rate: float) -> Figures:
     return {"step": state.step, "loss": round(mean, 6), "learning_rate": rate, "time": round(time.time(), 1)}
 
 
-def _finish(folder: Path, average: nn.Module) -> Path:
-    """Draw the course and write the weights to publish; return their path."""
+def _finish(folder: Path, average: nn.Module) -> None:
+    """Draw the course and write the weights to publish."""
     from dints_search.curves import draw_retraining_curves  # matplotlib is slow to import, and only wanted here
 
     draw_retraining_curves(read_metrics(folder), folder / "curves.png")
-    path = folder / "weights.safetensors"
-    write_bytes(path, save({name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}))
-    return path
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}
+    write_bytes(folder / WEIGHTS, save(tensors))

@@ -9,9 +9,10 @@ import hashlib
 import json
 import subprocess
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import tomli_w
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,12 +25,17 @@ from dints_search.genotype import Genotype, read_genotype
 from dints_search.network import DiNTSNetwork
 from dints_search.recipe import Recipe
 
+WEIGHTS: Final = "weights.safetensors"
+"""The weights to publish, which a finished run has."""
+
 
 class RunConfig(Strict):
     """Everything that decides what a training run computes.
 
     Attributes:
-        cases: id -> SHA-256 of the image, the cases trained on.
+        processes: that share every batch.
+        cases: id -> SHA-256 of the image, the cases trained on. labels: id -> SHA-256 of the label; none in runs of
+            before they were kept.
         commit: of the code, for the record; it does not decide whether a checkpoint fits.
     """
 
@@ -38,7 +44,9 @@ class RunConfig(Strict):
     genotype: str
     fold: int | None
     seed: int
+    processes: int = Field(default=1, exclude_if=lambda count: count == 1)
     cases: dict[str, str]
+    labels: dict[str, str] = Field(default_factory=dict, exclude_if=lambda labels: not labels)
     commit: str
 
     def digest(self) -> str:
@@ -47,31 +55,55 @@ class RunConfig(Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def configure(recipe: Recipe, genotype: Genotype, cases: tuple[Case, ...], *, fold: int | None, seed: int) -> RunConfig:
+def configure(
+    recipe: Recipe, genotype: Genotype, cases: tuple[Case, ...], *, fold: int | None, seed: int, processes: int = 1
+) -> RunConfig:
     """Return the configuration of a run on these training cases."""
-    digests = {case.id: sha256_file(case.image) for case in cases}
     return RunConfig(
         schema_version=1,
         recipe=recipe,
         genotype=genotype.digest(),
         fold=fold,
         seed=seed,
-        cases=digests,
+        processes=processes,
+        cases={case.id: sha256_file(case.image) for case in cases},
+        labels={case.id: sha256_file(case.label) for case in cases},
         commit=commit(),
     )
 
 
-def open_run(folder: Path, config: RunConfig, genotype: Genotype, *, resume: bool) -> None:
-    """Create the run folder, or check that it holds the same configuration.
+def check_run(folder: Path, config: RunConfig, *, resume: bool) -> RunConfig:
+    """Return the configuration to run with: this one, less what the run in the folder never said.
 
     Raises:
         DatasetError: `run-mismatch` when something else is there already.
     """
+    if not (folder / "config.toml").exists():
+        return config
+    kept = read_config(folder)
+    if not kept.labels:
+        config = config.model_copy(update={"labels": {}})
+    if (folder / WEIGHTS).exists():  # nothing is left to compute, so it no longer matters how many would share it
+        config = config.model_copy(update={"processes": kept.processes})
+    if kept.digest() != config.digest():
+        raise mismatch(folder, kept, config)
+    if not resume:
+        raise DatasetError("run-mismatch", f"{folder} holds a run already: give --resume or choose another --out")
+    return config
+
+
+def mismatch(folder: Path, kept: Strict, config: Strict) -> DatasetError:
+    """Return the error that a run folder holds another configuration, which names where the two differ."""
+    names = (name for name in type(config).model_fields if name != "commit")
+    other = ", ".join(name for name in names if getattr(kept, name) != getattr(config, name))
+    return DatasetError(
+        "run-mismatch", f"expected {folder} to hold this configuration, found another ({other}): choose another --out"
+    )
+
+
+def open_run(folder: Path, config: RunConfig, genotype: Genotype) -> None:
+    """Create the run folder, unless it is there; only once the cases are read, so that a bad one leaves none behind."""
     if (folder / "config.toml").exists():
-        if read_config(folder).digest() != config.digest():
-            raise DatasetError("run-mismatch", f"expected {folder} to hold this configuration: choose another --out")
-        if not resume:
-            raise DatasetError("run-mismatch", f"{folder} holds a run already: give --resume or choose another --out")
         return
     make_folder(folder)
     write_text(folder / "genotype.json", genotype.to_json())
@@ -81,21 +113,6 @@ def open_run(folder: Path, config: RunConfig, genotype: Genotype, *, resume: boo
 def read_config(folder: Path) -> RunConfig:
     """Read a run's configuration; raise `DatasetError` (`recipe-invalid`) when it is none."""
     return read_toml(folder / "config.toml", RunConfig, DatasetError, "recipe-invalid")
-
-
-def check_precision(recipe: Recipe, genotype: Genotype) -> None:
-    """Refuse what torch computes wrongly: bf16 convolutions on a CPU over an axis i of exactly two voxels.
-
-    Their weight gradients read memory that was never written (torch 2.13 with oneDNN 3.12): NaN, or 1e37.
-
-    Raises:
-        DatasetError: `recipe-invalid`.
-    """
-    deepest = recipe.window[0] // 2**genotype.num_depths
-    if recipe.retraining.precision == "bf16" and deepest == 2:
-        raise DatasetError(
-            "recipe-invalid", "expected more than two voxels along i at the deepest level for bf16: use precision fp32"
-        )
 
 
 def build_network(config: RunConfig, genotype: Genotype) -> DiNTSNetwork:
@@ -116,7 +133,7 @@ def trained_network(folder: Path) -> tuple[RunConfig, DiNTSNetwork]:
         DatasetError: `checkpoint-invalid` when the run is not finished or its weights are damaged, `run-mismatch` when
             its genotype is not the one that was trained.
     """
-    config, path = read_config(folder), folder / "weights.safetensors"
+    config, path = read_config(folder), folder / WEIGHTS
     if not path.is_file():
         raise DatasetError("checkpoint-invalid", f"expected a finished run at {folder}, found no weights: --resume it")
     genotype = read_genotype(folder / "genotype.json")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from dints_deploy.catalog.dataset import Case, Dataset
-from dints_deploy.errors import DatasetError
 from dints_search.augment import Augmenter
 from dints_search.bilevel import architecture_step, parameters_of, unrolled_step, weights_step
-from dints_search.checkpoint import load_checkpoint, save_checkpoint
+from dints_search.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from dints_search.cost import CostTable, Setting, memory_table, reference_memory
 from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
+from dints_search.fits import check_search_fits, search_window
 from dints_search.losses import ArchitectureLoss, architecture_loss
 from dints_search.metrics import Figures, Metrics
 from dints_search.recipe import Recipe
@@ -29,6 +29,7 @@ from dints_search.retrain import autocast, batches
 from dints_search.search_run import (
     Parts,
     SearchConfig,
+    check_search,
     configure_search,
     open_search,
     split_training,
@@ -44,8 +45,6 @@ Report = Callable[[int, Figures], None]
 """Called after every iteration with the number of those done and their figures."""
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass
@@ -108,55 +107,31 @@ def search(
     Raises:
         DatasetError: a bad case, settings that do not fit, another configuration in `folder`, a damaged checkpoint.
     """
-    check_window(recipe)
+    check_search_fits(recipe)
     check_dataset(dataset, recipe)
     training, _ = dataset.fold(fold)
     parts = split_training(training, seed=seed, held_out=recipe.search.held_out)
     with joined(device) as (world, place):
         config = configure_search(recipe, parts, fold=fold, seed=seed, processes=world.size)
+        config = check_search(folder, config, resume=resume)
+        patches = [
+            _patches(recipe, part, world, seed=seed + n) for n, part in enumerate((parts.weights, parts.architecture))
+        ]
+        world.wait()  # every process has looked at the folder
         if world.writes:
-            open_search(folder, config, resume=resume)
-        world.wait()
+            open_search(folder, config)
         torch.manual_seed(seed)
         state = start(recipe, place)
         if (folder / CHECKPOINT).exists():
             state.load(folder / CHECKPOINT, config.digest())
         sources = [
-            _source(recipe, part, world, place, seed=seed + n, first=first)
-            for n, (part, first) in enumerate(((parts.weights, 0), (parts.architecture, recipe.search.warmup_steps)))
-            for first in [max(first, state.step)]
+            batches(part, recipe.search.batch, first=max(first, state.step), device=place, world=world)
+            for part, first in zip(patches, (0, recipe.search.warmup_steps), strict=True)
         ]
         _iterate(state, config, folder, sources, world, report)
         if world.writes:
             write_architecture(folder, state.network.architecture)
     return Found(state.network, parts, world.writes, place)
-
-
-def search_window(recipe: Recipe) -> tuple[int, int, int]:
-    """Return the voxels of a patch in the search."""
-    return recipe.search.window or recipe.window
-
-
-def check_window(recipe: Recipe) -> None:
-    """Refuse a patch that D levels cannot halve, or whose last level is too small to normalise.
-
-    Raises:
-        DatasetError: `recipe-invalid`.
-    """
-    window, multiple = search_window(recipe), 2**recipe.search.num_depths
-    if any(n % multiple for n in window):
-        raise DatasetError(
-            "recipe-invalid",
-            f"expected a search window of multiples of {multiple} for {recipe.search.num_depths} levels, found "
-            f"{window}: give --window or fewer --depths",
-        )
-    deepest = [n // multiple for n in window]
-    if max(deepest) < 2 or (recipe.search.precision == "bf16" and deepest[0] == 2):
-        raise DatasetError(
-            "recipe-invalid",
-            f"expected more voxels at the deepest level than {deepest} (and in bf16 not two along i, which torch 2.13 "
-            "computes wrongly): choose a larger --window, fewer --depths, or --precision fp32",
-        )
 
 
 def start(recipe: Recipe, device: str) -> State:
@@ -201,21 +176,19 @@ def search_setting(recipe: Recipe) -> Setting:
     )
 
 
-def _source(recipe: Recipe, part: Sequence[Case], world: World, device: str, *, seed: int, first: int) -> Batches:
-    """Return this process's batches of one part, from an iteration on."""
-    settings = recipe.search
+def _patches(recipe: Recipe, part: Sequence[Case], world: World, *, seed: int) -> Patches:
+    """Read the cases of one part; return the patches that all processes take of them."""
     window = search_window(recipe)
     cases = load_cases(part, recipe.preparation.model_copy(update={"window": window}), recipe.label_names)
     check_classes(cases, recipe.label_names)
-    patches = Patches(
+    return Patches(
         cases,
         window=window,
         foreground=recipe.retraining.foreground,
         augmenter=Augmenter(recipe.retraining.augmentation, recipe.channels),
         seed=seed,
-        length=settings.steps * world.size * settings.batch,
+        length=recipe.search.steps * world.size * recipe.search.batch,
     )
-    return batches(patches, settings.batch, first=first, device=device, world=world)
 
 
 def _iterate(
@@ -259,7 +232,14 @@ def iterate(state: State, settings: Searching, sources: Sequence[Batches], cost:
         return segment(*batch)
 
     if others is not None and settings.unrolled:
-        unrolled_step(training, validation, state.architecture, state.weights, average=world.average)
+        unrolled_step(
+            training,
+            validation,
+            state.architecture,
+            state.weights,
+            average=world.average,
+            clip_norm=settings.clip_norm,
+        )
     common = {"average": world.average}
     loss = weights_step(
         training, state.weights, alphas, scaler=state.scalers[0], clip_norm=settings.clip_norm, **common
@@ -279,7 +259,6 @@ def iterate(state: State, settings: Searching, sources: Sequence[Batches], cost:
 def _regularised(
     network: Supernet, loss: Tensor, settings: Searching, progress: float, cost: CostTable
 ) -> ArchitectureLoss:
-    reference = settings.memory == "reference"
     return architecture_loss(
         network.architecture,
         loss,
@@ -287,7 +266,7 @@ def _regularised(
         sigma=settings.sigma,
         cost=cost,
         form=settings.memory,
-        reference=reference,
+        reference=settings.smoothing,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save
 
 from dints_deploy.catalog.dataset import Case
@@ -22,7 +22,7 @@ from dints_deploy.catalog.strict import Strict, faults, read_toml
 from dints_deploy.errors import DatasetError
 from dints_deploy.files import make_folder, sha256_file, write_bytes, write_text
 from dints_search.recipe import Recipe
-from dints_search.run import commit
+from dints_search.run import commit, mismatch
 from dints_search.searching import Searching
 from dints_search.space import ArchitectureParameters, SearchSpace
 
@@ -51,6 +51,7 @@ class SearchConfig(Strict):
     Attributes:
         processes: that share every batch.
         weights, architecture, held_out: id -> SHA-256 of the image of the cases of each part.
+        labels: id -> SHA-256 of the label of every case; none in searches of before they were kept.
         commit: of the code, for the record.
     """
 
@@ -62,6 +63,7 @@ class SearchConfig(Strict):
     weights: dict[str, str]
     architecture: dict[str, str]
     held_out: dict[str, str]
+    labels: dict[str, str] = Field(default_factory=dict, exclude_if=lambda labels: not labels)
     commit: str
 
     def digest(self) -> str:
@@ -103,7 +105,8 @@ def with_search(recipe: Recipe, **changes: Any) -> Recipe:
 
 def configure_search(recipe: Recipe, parts: Parts, *, fold: int, seed: int, processes: int) -> SearchConfig:
     """Return the configuration of a search on these parts."""
-    digests = [{case.id: sha256_file(case.image) for case in part} for part in (parts.weights, parts.architecture)]
+    split = (parts.weights, parts.architecture, parts.held_out)
+    digests = [{case.id: sha256_file(case.image) for case in part} for part in split]
     return SearchConfig(
         schema_version=1,
         recipe=recipe,
@@ -112,25 +115,36 @@ def configure_search(recipe: Recipe, parts: Parts, *, fold: int, seed: int, proc
         processes=processes,
         weights=digests[0],
         architecture=digests[1],
-        held_out={case.id: sha256_file(case.image) for case in parts.held_out},
+        held_out=digests[2],
+        labels={case.id: sha256_file(case.label) for part in split for case in part},
         commit=commit(),
     )
 
 
-def open_search(folder: Path, config: SearchConfig, *, resume: bool) -> None:
-    """Create the run folder, or check that it holds the same configuration.
+def check_search(folder: Path, config: SearchConfig, *, resume: bool) -> SearchConfig:
+    """Return the configuration to search with: this one, less what the search in the folder never said.
 
     Raises:
         DatasetError: `run-mismatch` when something else is there already.
     """
+    if not (folder / "config.toml").exists():
+        return config
+    kept = read_search_config(folder)
+    if not kept.labels:
+        config = config.model_copy(update={"labels": {}})
+    if kept.digest() != config.digest():
+        raise mismatch(folder, kept, config)
+    if not resume:
+        raise DatasetError("run-mismatch", f"{folder} holds a search already: give --resume or choose another --out")
+    return config
+
+
+def open_search(folder: Path, config: SearchConfig) -> None:
+    """Create the run folder, unless it is there; only once the cases are read, so that a bad one leaves none behind."""
     path = folder / "config.toml"
     if not path.exists():
         make_folder(folder)
         write_text(path, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    elif read_search_config(folder).digest() != config.digest():
-        raise DatasetError("run-mismatch", f"expected {folder} to hold this configuration: choose another --out")
-    elif not resume:
-        raise DatasetError("run-mismatch", f"{folder} holds a search already: give --resume or choose another --out")
 
 
 def read_search_config(folder: Path) -> SearchConfig:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dints_deploy.catalog.preparation import Sizes
 from dints_deploy.catalog.strict import Strict
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+Width = Annotated[float, Field(ge=1 / 32)]
+"""Multiplier of the channels, of which the first level has 32."""
 
 
 class Searching(Strict):
@@ -24,11 +27,13 @@ class Searching(Strict):
         window: voxels of a patch, multiples of 2^D; the recipe's window where it is left out.
         sigma: share of the memory of the whole space to aim at.
         memory: form of the memory loss, see `dints_search.losses.memory_usage`.
+        smoothing: add the 1e-5 inside the logarithms of L_eta and L_tp that the reference implementation has.
         rate_warmup_steps: iterations in which the weights' learning rate rises from zero.
         halve_at: shares of the iterations after the warm-up after which that rate is halved.
         architecture_rate: learning rate of alpha_c and alpha_a. With 8 processes the published value is 0.008; a search
             of a few hundred iterations needs a greater one, as Adam moves a parameter by about the rate in each.
         unrolled: take DARTS's second-order step for the architecture, at three times the cost of the first-order one.
+            Only in fp32: it is a difference of two gradients that lower precisions round away.
         checkpointing: recompute every block in the backward pass instead of keeping its features.
         compiled: let `torch.compile` translate the search network, which takes minutes at the start.
         held_out: share of the training part that neither step sees, to measure the discretisation gap on.
@@ -37,14 +42,15 @@ class Searching(Strict):
     steps: PositiveInt = 20000
     warmup: Share = 0.5
     batch: PositiveInt = 1
-    num_blocks: PositiveInt = 12
+    num_blocks: Annotated[int, Field(ge=1, le=64)] = 12
     num_depths: Annotated[int, Field(ge=2, le=5)] = 4
-    channel_multiplier: PositiveFloat = 0.5
+    channel_multiplier: Width = 0.5
     up: Literal["reference", "conv_first"] = "reference"
     direct_skip: bool = False
     window: Sizes | None = None
     sigma: Annotated[float, Field(gt=0, le=1)] = 0.5
     memory: Literal["measured", "reference"] = "measured"
+    smoothing: bool = Field(default=False, exclude_if=lambda on: not on)  # so that older runs keep their digests
     learning_rate: PositiveFloat = 0.025
     rate_warmup_steps: NonNegativeInt = 50
     momentum: Share = 0.9
@@ -59,6 +65,12 @@ class Searching(Strict):
     compiled: bool = False
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     checkpoint_every: PositiveInt = 50
+
+    @model_validator(mode="after")
+    def _precise(self) -> Searching:
+        if self.unrolled and self.precision != "fp32":
+            raise ValueError(f"expected precision fp32 for an unrolled search, found {self.precision}")
+        return self
 
     @property
     def warmup_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""Dice plus cross-entropy over a batch that several processes may share."""
+"""Dice plus cross-entropy over a batch that several processes may share, and what to do when it is no number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dints_deploy.errors import DatasetError
 from dints_search.world import World
 
 SMOOTHING: Final = 1e-5
@@ -34,3 +35,22 @@ def segmentation_loss(logits: Tensor, label: Tensor, world: World = World()) -> 
     dice = 1 - (2 * common + SMOOTHING) / (ours + theirs + SMOOTHING)
     loss: Tensor = dice.mean() + likelihood
     return loss
+
+
+def check_finite(what: str, *values: Tensor) -> None:
+    """Refuse to go on with a loss or a gradient's norm that is not finite: one such step makes every weight NaN.
+
+    Args:
+        what: is about to take the step.
+        values: scalars.
+
+    Raises:
+        DatasetError: `training-diverged`.
+    """
+    found = torch.stack([value.detach().double() for value in values])
+    if not found.isfinite().all():
+        raise DatasetError(
+            "training-diverged",
+            f"expected a finite loss and gradient for a step of {what}, found {found.tolist()}: the last checkpoint is "
+            "sound; lower the learning rate, or use precision fp32",
+        )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from dints_search.fits import check_device
+
 
 class _AddUp(torch.autograd.Function):
     """Sum over the processes; the gradient of a sum that all use is the sum of their gradients."""
@@ -70,20 +72,34 @@ class World:
             distributed.barrier()
 
 
+def started() -> int:
+    """Return how many processes `torchrun` has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Return whether this process is the one that speaks, of those that `torchrun` has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[World, str]]:
     """Yield this process's world and device: those that `torchrun` tells in the environment, or itself alone.
 
     Args:
         device: `cpu` or `cuda`; with `cuda` every process takes the GPU of its local rank.
+
+    Raises:
+        UsageError: this machine has no such device.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size, on_gpu = started(), device.startswith("cuda")
+    if size > 1 and on_gpu:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
     if size == 1:
         yield World(), device
         return
-    on_gpu = device.startswith("cuda")
     if on_gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     try:

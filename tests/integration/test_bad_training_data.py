@@ -116,6 +116,18 @@ def test_a_bad_case_is_named_by_training_search_and_check(
         assert [found["id"] for found in report["cases"] if found["fault"]] == [case]
 
 
+def test_the_same_commands_run_once_the_bad_case_is_mended(place: Path) -> None:
+    """Nothing lies in the run folder that would refuse the mended case."""
+    path = place / "task" / "imagesTr" / f"{BAD}.nii.gz"
+    kept = path.read_bytes()
+    image_holds_nan(place / "task")
+    in_one_line(retrain(place), "case-invalid", BAD)
+    in_one_line(search(place), "case-invalid", BAD)
+    path.write_bytes(kept)
+    for said in (retrain(place), search(place)):
+        assert said.code == 0, said.err
+
+
 def test_a_class_that_no_training_case_shows_is_named(place: Path) -> None:
     for case in IDS:
         path = place / "task" / "labelsTr" / f"{case}.nii.gz"

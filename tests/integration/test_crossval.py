@@ -101,6 +101,12 @@ def test_another_configuration_does_not_continue_the_folds(place: Path) -> None:
     assert (said.code, "run-mismatch" in said.err) == (1, True)
 
 
+def test_several_processes_are_told_to_take_a_fold_each(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = crossval(place)
+    assert (said.code, "retrain --fold N" in said.err) == (2, True)
+
+
 def test_the_folds_are_one_entry_that_nobody_can_measure_on_what_it_saw(place: Path) -> None:
     runs = [word for fold in range(2) for word in ("--run", place / "cv" / f"fold{fold}")]
     said = run_cli("publish", *runs, "--name", "folds", "--data", place / "task", "--out", place / "zoo")

@@ -12,12 +12,13 @@ import tomli_w
 import torch
 
 from dints_deploy.cli.search import search_command
+from dints_search.checkpoint import load_checkpoint
 from dints_search.genotype import read_genotype
 from dints_search.metrics import read_metrics
 from dints_search.run import read_config
 from dints_search.search_run import read_architecture, read_search_config
 from tests.command import Machine
-from tests.tiny_task import tiny_search_recipe, write_task
+from tests.tiny_task import tiny_search_recipe, write_genotype, write_task
 
 SETTINGS = ("--steps", 4, "--memory", "reference", "--threads", 1)
 
@@ -48,19 +49,26 @@ def test_a_search_leaves_what_a_person_wants_to_see(alone: Path) -> None:
     assert {"L_seg", "L_alpha", "L_eta", "L_tp", "L_m", "usage"} <= set(read_metrics(alone)[-1])
 
 
-def test_two_processes_search_as_one_with_the_doubled_batch(machine: Machine, alone: Path) -> None:
+def in_two_processes(machine: Machine, *words: object) -> str:
+    """Run a command of dints-deploy in two processes and return what they printed."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    words = ["search", "--task", "tiny.toml", "--data", "task", "--out", "two", "--batch", "1", *map(str, SETTINGS)]
     environment = machine.environment()
     del environment["PYTHONWARNINGS"]  # torchrun itself warns
-    subprocess.run(
-        [*start, "dints_deploy", *words],
+    done = subprocess.run(
+        [*start, "dints_deploy", *map(str, words)],
         cwd=machine.folder,
         env=environment,
         check=True,
         capture_output=True,
+        text=True,
         timeout=240,
     )
+    return done.stdout
+
+
+def test_two_processes_search_as_one_with_the_doubled_batch(machine: Machine, alone: Path) -> None:
+    words = ["search", "--task", "tiny.toml", "--data", "task", "--out", "two", "--batch", 1, *SETTINGS]
+    in_two_processes(machine, *words)
     two = machine.folder / "two"
     for one, other in zip(read_metrics(alone), read_metrics(two), strict=True):
         assert one.pop("phase") == other.pop("phase")
@@ -83,6 +91,29 @@ def test_retraining_a_searchs_network_leaves_out_what_the_search_held_out_and_re
     both = machine.run(*words, "--genotype", str(alone / "genotype.json"))
     assert both.code == 2
     assert "either --genotype FILE or --search RUN" in both.out + both.err
+
+
+def test_two_processes_retrain_as_one_with_the_doubled_batch(machine: Machine) -> None:
+    write_genotype(machine.folder / "genotype.json")
+    words: list[object] = ["retrain", "--genotype", "genotype.json", "--task", "tiny.toml", "--data", "task", "--json"]
+    words += ["--set", 'retraining.precision="fp32"', "--steps", 8, "--threads", 1]
+    done = machine.run(*words, "--out", "one")
+    assert done.code == 0, done.err
+    both = [*words, "--out", "both", "--set", "retraining.batch=1"]
+    assert json.loads(in_two_processes(machine, *both))["run"] == "both"
+    losses = [
+        load_checkpoint(run / "checkpoint.pt", read_config(run).digest())["losses"]
+        for run in (machine.folder / "one", machine.folder / "both")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    weights = machine.folder / "both" / "weights.safetensors"
+    finished = weights.read_bytes()
+    assert machine.run(*both, "--resume").code == 0  # nothing is left to share
+    assert weights.read_bytes() == finished
+    weights.unlink()
+    refused = machine.run(*both, "--resume")
+    assert (refused.code, json.loads(refused.out)["error"]["code"]) == (1, "run-mismatch")
+    assert "processes" in json.loads(refused.out)["error"]["message"]
 
 
 def test_a_search_needs_its_three_arguments(machine: Machine) -> None:

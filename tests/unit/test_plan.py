@@ -16,11 +16,9 @@ from dints_deploy.errors import DatasetError
 from dints_deploy.imaging.nifti import read_nifti, write_nifti
 from dints_deploy.imaging.volume import Volume
 from dints_search.fingerprint import ChannelFacts, Fingerprint, fingerprint
-from dints_search.genotype import read_genotype
+from dints_search.fits import check_search_fits
 from dints_search.plan import choose_batch, choose_intensity, choose_window, plan, target_spacing, write_plan
 from dints_search.recipe import find_recipe, override, read_recipe
-from dints_search.run import check_precision
-from dints_search.search import check_window
 from dints_search.space import SearchSpace
 from tests.tiny_entry import run_cli
 from tests.tiny_task import tiny_recipe, write_task
@@ -150,8 +148,7 @@ def test_a_task_that_nobody_described_gets_a_recipe_to_complete(tmp_path: Path) 
     ]  # fmt: skip
     assert (recipe.task, recipe.channels[0].modality, recipe.accepts.modality) == ("Balls", "MR", ("MR",))
     assert (recipe.window[0], recipe.search.precision, recipe.retraining.precision) == (32, "fp32", "fp32")
-    check_window(recipe)  # bf16 would be refused by both at two voxels along i at the deepest level
-    check_precision(recipe, read_genotype(ZOO / "dints-cvpr2021-pancreas" / "genotype.json"))
+    check_search_fits(recipe)  # bf16 would be refused, there and after, at two voxels along i at the deepest level
     again = run_cli("data", "plan", task, "-o", tmp_path / "mine.toml")
     assert (again.code, "may hold your changes" in again.err) == (2, True)
 

@@ -15,12 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from dints_deploy.catalog.dataset import read_dataset
-from dints_deploy.errors import DatasetError
+from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.files import sha256_file
 from dints_search.checkpoint import load_checkpoint
+from dints_search.crossval import crossval
 from dints_search.genotype import parse_genotype
 from dints_search.metrics import read_metrics
-from dints_search.recipe import Retraining
+from dints_search.recipe import Retraining, override
 from dints_search.retrain import LOG_EVERY, learning_rate, retrain, start, train_step
 from dints_search.run import read_config, trained_network
 from tests.tiny_task import tiny_genotype, tiny_recipe, train, train_and_die, train_apart, write_task
@@ -222,9 +223,46 @@ def test_another_configuration_does_not_continue_a_run(whole: Path, tmp_path: Pa
     refused(folder, "run-mismatch", resume=False)
     shutil.copyfile(whole / "bf16" / "run" / "checkpoint.pt", folder / "run" / "checkpoint.pt")
     refused(folder, "run-mismatch")
+    shutil.copyfile(whole / "fp32" / "run" / "checkpoint.pt", folder / "run" / "checkpoint.pt")
     training, _ = read_dataset(folder / "task").fold(0)
-    shutil.copyfile(training[1].image, training[0].image)
-    refused(folder, "run-mismatch")
+    for kind in ("image", "label"):
+        path = getattr(training[0], kind)
+        kept = path.read_bytes()
+        shutil.copyfile(getattr(training[1], kind), path)
+        refused(folder, "run-mismatch")
+        path.write_bytes(kept)
+    train(folder, resume=True, precision="fp32")
+
+
+def test_a_window_that_the_genotype_cannot_halve_is_refused_before_a_run_is_opened(whole: Path, tmp_path: Path) -> None:
+    task, recipe = read_dataset(whole / "fp32" / "task"), tiny_recipe(tmp_path)
+    for window, precision in (("12,12,10", "fp32"), ("4,4,4", "fp32"), ("8,12,12", "bf16")):
+        changed = override(recipe, [f"window=[{window}]", f'retraining.precision="{precision}"'])
+        with pytest.raises(DatasetError) as caught:
+            retrain(changed, tiny_genotype(), task, tmp_path / "run", fold=0)
+        assert caught.value.code == "recipe-invalid"
+        with pytest.raises(DatasetError):
+            crossval(changed, tiny_genotype(), task, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_a_run_is_opened(whole: Path, tmp_path: Path, device: str) -> None:
+    task, recipe = read_dataset(whole / "fp32" / "task"), tiny_recipe(tmp_path)
+    with pytest.raises(UsageError, match=device):
+        retrain(recipe, tiny_genotype(), task, tmp_path / "run", fold=0, device=device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_diverges_ends_with_one_error_and_a_sound_checkpoint(whole: Path, tmp_path: Path) -> None:
+    folder = fresh(whole, tmp_path)
+    with pytest.raises(DatasetError) as caught:
+        train(folder, precision="fp32", learning_rate=1e30, warmup_steps=0, checkpoint_every=1)
+    assert caught.value.code == "training-diverged"
+    state = saved(folder / "run")
+    assert state["step"] > 0
+    for part in ("network", "average"):
+        assert all(tensor.isfinite().all() for tensor in state[part].values())
 
 
 def test_a_run_of_another_seed_fold_or_genotype_is_not_continued(whole: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from dints_deploy.catalog.dataset import Case
 from dints_deploy.errors import DatasetError, DintsError
-from dints_search.bilevel import next_sgd_step, unrolled_gradient
+from dints_search.bilevel import next_sgd_step, unrolled_gradient, weights_step
+from dints_search.checkpoint import load_checkpoint
 from dints_search.choice import Choice, check_choice, choose, deployed_setting
-from dints_search.cost import work_table
+from dints_search.cost import memory_table, work_table
+from dints_search.fits import check_search_fits
+from dints_search.losses import memory_usage, pattern_entropy, topology_loss
 from dints_search.metrics import read_metrics, rewind
-from dints_search.search import check_window
-from dints_search.search_run import read_architecture, split_training, with_search
+from dints_search.search import search_setting
+from dints_search.search_run import read_architecture, read_search_config, split_training, with_search
 from dints_search.searching import Searching
 from dints_search.segmentation_loss import segmentation_loss
 from dints_search.space import ArchitectureParameters, SearchSpace
@@ -65,16 +69,17 @@ class Toy:
         return segmentation_loss(self.network(self.batches[1][0]), self.batches[1][1])
 
 
-def test_the_unrolled_gradient_is_that_of_the_loss_after_a_step_of_the_weights() -> None:
-    """Differences of L_val(w - rate * step(w, alpha), alpha) over alpha, momentum and weight decay included."""
-    toy, rate, step = Toy(), 0.05, 1e-5
+@pytest.mark.parametrize("clip_norm", [1e9, 0.01])
+def test_the_unrolled_gradient_is_that_of_the_loss_after_a_step_of_the_weights(clip_norm: float) -> None:
+    """Differences of L_val(w - rate * step(w, alpha), alpha) over alpha, momentum, weight decay, clipping included."""
+    toy, rate, step = Toy(), 0.05 if clip_norm > 1 else 5.0, 1e-5  # a clipped step must be long to matter
     optimiser = torch.optim.SGD(toy.weights, lr=rate, momentum=0.9, weight_decay=0.01)
     toy.training().backward()  # type: ignore[no-untyped-call]
     optimiser.step()  # fills the momentum
 
     def ahead() -> float:
         kept = [w.detach().clone() for w in toy.weights]
-        directions = next_sgd_step(toy.training, optimiser, average=lambda tensors: None)
+        directions, _ = next_sgd_step(toy.training, optimiser, average=lambda tensors: None, clip_norm=clip_norm)
         with torch.no_grad():
             for weight, direction in zip(toy.weights, directions, strict=True):
                 weight.sub_(rate * direction)
@@ -83,8 +88,8 @@ def test_the_unrolled_gradient_is_that_of_the_loss_after_a_step_of_the_weights()
                 weight.copy_(old)
         return value
 
-    directions = next_sgd_step(toy.training, optimiser, average=lambda tensors: None)
-    arguments: dict[str, Any] = {"rate": rate, "perturbation": 1e-4}
+    directions, through = next_sgd_step(toy.training, optimiser, average=lambda tensors: None, clip_norm=clip_norm)
+    arguments: dict[str, Any] = {"rate": rate, "perturbation": 1e-4, "through": through}
     found = unrolled_gradient(toy.training, toy.validation, toy.alphas, toy.weights, directions, **arguments)
     first_order = torch.autograd.grad(toy.validation(), toy.alphas)
     for alpha, gradient, simple in zip(toy.alphas, found, first_order, strict=True):
@@ -100,14 +105,16 @@ def test_the_unrolled_gradient_is_that_of_the_loss_after_a_step_of_the_weights()
         assert not torch.allclose(gradient, simple, rtol=0.01)
 
 
-def test_an_sgd_step_is_foreseen() -> None:
+@pytest.mark.parametrize("clip_norm", [1e9, 0.01])
+def test_an_sgd_step_is_foreseen(clip_norm: float) -> None:
     toy = Toy()
     optimiser = torch.optim.SGD(toy.weights, lr=0.1, momentum=0.9, weight_decay=0.01)
     for _ in range(3):
-        directions = next_sgd_step(toy.training, optimiser, average=lambda tensors: None)
+        directions, _ = next_sgd_step(toy.training, optimiser, average=lambda tensors: None, clip_norm=clip_norm)
         wanted = [w.detach() - 0.1 * d for w, d in zip(toy.weights, directions, strict=True)]
         optimiser.zero_grad()
         toy.training().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(toy.weights, clip_norm)
         optimiser.step()
         torch.testing.assert_close([w.detach() for w in toy.weights], wanted)
 
@@ -183,17 +190,104 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"window": (12, 12, 10)}, {"window": (4, 4, 4)}, {"window": (8, 12, 12), "precision": "bf16"}]
+    "changes",
+    [
+        {"window": (12, 12, 10)},
+        {"window": (4, 4, 4)},
+        {"window": (8, 12, 12), "precision": "bf16"},
+        {"window": (16, 16, 16), "num_depths": 3},  # the recipe's own window of 12 voxels does not fit
+    ],
 )
 def test_a_window_that_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(DatasetError) as caught:
-        check_window(tiny_search_recipe(tmp_path, **changes))
+        check_search_fits(tiny_search_recipe(tmp_path, **changes))
+    assert caught.value.code == "recipe-invalid"
+    with pytest.raises(DatasetError):
+        search_tiny(tmp_path, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"sigma": 1.5}, "sigma"),
+        ({"num_blocks": 65}, "num_blocks"),
+        ({"channel_multiplier": 0.01}, "channel_multiplier"),
+        ({"unrolled": True, "precision": "bf16"}, "fp32"),
+    ],
+)
+def test_settings_that_cannot_be_searched_with_are_named(tmp_path: Path, changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(DatasetError, match=word) as caught:
+        with_search(tiny_search_recipe(tmp_path), **changes)
     assert caught.value.code == "recipe-invalid"
 
 
-def test_settings_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="sigma"):
-        with_search(tiny_search_recipe(tmp_path), sigma=1.5)
+def test_a_search_that_diverges_ends_with_one_error_and_a_sound_checkpoint(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    with pytest.raises(DatasetError) as caught:
+        search_tiny(tmp_path, learning_rate=1e30, rate_warmup_steps=0, checkpoint_every=1, warmup=0.9)
+    assert caught.value.code == "training-diverged"
+    digest = read_search_config(tmp_path / "run").digest()
+    network = load_checkpoint(tmp_path / "run" / "checkpoint.pt", digest)["network"]
+    assert all(tensor.isfinite().all() for tensor in network.values())
+
+
+def test_an_overflow_in_one_process_is_seen_by_all() -> None:
+    """Two processes with a gradient each, of which one overflows in fp16: both must skip the step."""
+    finite, infinite = torch.ones(2), torch.full((2,), torch.inf)
+    for own, other in ((finite, infinite), (infinite, finite)):
+        weight = torch.zeros(2, requires_grad=True)
+        optimiser = torch.optim.SGD([weight], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+
+        def average(gradients: Sequence[Tensor], other: Tensor = other) -> None:
+            for gradient in gradients:
+                gradient.add_(other).div_(2)
+
+        gradient = own.clone()
+        weights_step(
+            lambda w=weight, g=gradient: _WithGradient.apply(w, g),  # type: ignore[misc,no-untyped-call]
+            optimiser,
+            [],
+            scaler=scaler,
+            average=average,
+            clip_norm=1e9,
+        )
+        assert torch.equal(weight.detach(), torch.zeros(2))
+        assert scaler.get_scale() == 0.5
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss of zero with a gradient that is told."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient * scale, None
+
+
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_the_default_losses_move_an_architecture(tmp_path: Path, smoothing: bool) -> None:
+    """Measured memory and exact entropies: the first figures are those of the untouched architecture, in both forms."""
+    write_task(tmp_path / "task")
+    recipe = tiny_search_recipe(tmp_path, memory="measured", smoothing=smoothing, warmup=0.0)
+    moved = read_architecture(search_tiny(tmp_path, memory="measured", smoothing=smoothing, warmup=0.0))
+    torch.manual_seed(3)
+    space = SearchSpace(2, 2)
+    before = Supernet(space, in_channels=1, num_classes=3, channel_multiplier=0.125).architecture
+    first = read_metrics(tmp_path / "run")[0]
+    assert first["L_eta"] == pytest.approx(pattern_entropy(before, reference=smoothing).item(), rel=1e-5)
+    assert first["L_tp"] == pytest.approx(topology_loss(before, reference=smoothing).item(), rel=1e-5)
+    assert first["usage"] == pytest.approx(
+        memory_usage(before, memory_table(search_setting(recipe)), form="measured").item(), rel=1e-5
+    )
+    assert pattern_entropy(before).item() != pytest.approx(pattern_entropy(before, reference=True).item(), rel=1e-5)
+    assert not torch.equal(moved.alpha_c, before.alpha_c)
+    assert not torch.equal(moved.alpha_a, before.alpha_a)
 
 
 def drawn(seed: int = 0) -> ArchitectureParameters:
