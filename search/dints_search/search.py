@@ -42,7 +42,7 @@ from dints_search.supernet import Supernet
 from dints_search.world import World, joined
 
 Report = Callable[[int, Figures], None]
-"""Called after every iteration with the number of those done and their figures."""
+"""Called after every iteration with the number of those done and their figures, in the process that writes."""
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -201,7 +201,8 @@ def _iterate(
             begun = time.perf_counter()
             figures = iterate(state, settings, sources, cost, world)
             metrics.add(figures | {"seconds": round(time.perf_counter() - begun, 3)})
-            report(state.step, figures)
+            if world.writes:
+                report(state.step, figures)
             if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
                 if world.writes:
                     state.save(folder / CHECKPOINT, config.digest())

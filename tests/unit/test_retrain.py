@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +24,7 @@ from dints_search.genotype import parse_genotype
 from dints_search.metrics import read_metrics
 from dints_search.recipe import Retraining, override
 from dints_search.retrain import LOG_EVERY, learning_rate, retrain, start, train_step
-from dints_search.run import read_config, trained_network
+from dints_search.run import check_run, read_config, trained_network
 from tests.tiny_task import tiny_genotype, tiny_recipe, train, train_and_die, train_apart, write_task
 
 
@@ -232,6 +233,16 @@ def test_another_configuration_does_not_continue_a_run(whole: Path, tmp_path: Pa
         refused(folder, "run-mismatch")
         path.write_bytes(kept)
     train(folder, resume=True, precision="fp32")
+
+
+def test_a_run_of_before_labels_were_kept_goes_on_without_them(whole: Path, tmp_path: Path) -> None:
+    config = read_config(whole / "fp32" / "run")
+    old = config.model_copy(update={"labels": {}})
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(old.model_dump(mode="json", exclude_none=True)))
+    found = check_run(tmp_path, config, resume=True)
+    assert found.digest() == old.digest() != config.digest()
+    with pytest.raises(DatasetError, match=r"another \(seed\)"):
+        check_run(tmp_path, config.model_copy(update={"seed": 4}), resume=True)
 
 
 def test_a_window_that_the_genotype_cannot_halve_is_refused_before_a_run_is_opened(whole: Path, tmp_path: Path) -> None:

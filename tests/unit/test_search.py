@@ -187,6 +187,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     assert caught.value.code == "run-mismatch"
     with pytest.raises(DatasetError, match="give --resume"):
         search_tiny(tmp_path, steps=2)
+    one, other = sorted((tmp_path / "task" / "labelsTr").iterdir())[1:3]
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(DatasetError, match=r"another \(labels\)") as caught:
+        search_tiny(tmp_path, steps=2, resume=True)
+    assert caught.value.code == "run-mismatch"
 
 
 @pytest.mark.parametrize(
