@@ -31,6 +31,7 @@ from dints_search.retrain import retrain
 from dints_search.run import commit, configure, read_config
 from dints_search.search import search
 from dints_search.search_run import Parts, configure_search, read_search_config, split_training, with_search
+from dints_search.searching import Searching
 from dints_search.space import SearchSpace
 
 TOLERANCE: Final = 0.05
@@ -208,7 +209,7 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> SearchRecord:
     settings = recipe.search.model_dump(mode="json")
     if path.exists():
         kept = read_json(path, SearchRecord, DatasetError, "recipe-invalid")
-        if kept.settings != settings:
+        if Searching.model_validate_json(json.dumps(kept.settings)) != recipe.search:
             raise SystemExit(f"the search of {arm.name} was recorded with other settings: choose another --records")
         return kept
     config = configure_search(recipe, plan.parts(arm.seed), fold=plan.fold, seed=arm.seed, processes=1)
