@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dints_deploy.catalog.dataset import read_dataset
+from dints_deploy.catalog.dataset import Dataset, read_dataset
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from dints_search.recipe import Recipe
 
 
 def retrain_command(
@@ -44,11 +47,7 @@ def retrain_command(
         with needs_search_extra("retrain"):
             import torch
 
-            from dints_search.conclude import conclude_retraining
-            from dints_search.genotype import read_genotype
             from dints_search.recipe import find_recipe, override, with_steps
-            from dints_search.retrain import retrain
-            from dints_search.search_run import read_search_config
             from dints_search.world import leads
         if threads is not None:
             torch.set_num_threads(threads)
@@ -57,24 +56,34 @@ def retrain_command(
                 "usage", "expected either --genotype FILE or --search RUN: see dints-deploy retrain --help"
             )
         recipe = with_steps(override(find_recipe(task), settings or []), steps)
-        held_out = read_search_config(search).held_out if search else {}
-        dataset = read_dataset(data)
-        with progress("retrain") as bar:
-            weights = retrain(
-                recipe,
-                read_genotype(genotype or Path(search or "") / "genotype.json"),
-                dataset,
-                out,
-                fold=fold,
-                seed=seed,
-                resume=resume,
-                device=device,
-                cache=cache,
-                without=held_out,
-                report=lambda step, loss, rate: bar(step, recipe.retraining.steps),
-            )
-        if not leads():
-            return
-        if search:
-            conclude_retraining(search, out, dataset, device=device)
-        say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")
+        options = {"fold": fold, "seed": seed, "resume": resume, "device": device, "cache": cache}
+        weights = _retrain(recipe, genotype, search, read_dataset(data), out, **options)
+        if leads():
+            say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")
+
+
+def _retrain(
+    recipe: Recipe, genotype: Path | None, search: Path | None, dataset: Dataset, out: Path, **options: Any
+) -> Path:
+    """Train a genotype's network, or a search's without its held-out cases, which are measured at the end."""
+    from dints_search.conclude import conclude_retraining
+    from dints_search.genotype import read_genotype
+    from dints_search.retrain import retrain
+    from dints_search.search_run import read_search_config
+    from dints_search.world import leads
+
+    network = read_genotype(genotype or Path(search or "") / "genotype.json")
+    without = read_search_config(search).held_out if search else {}
+    with progress("retrain") as bar:
+        weights = retrain(
+            recipe,
+            network,
+            dataset,
+            out,
+            without=without,
+            report=lambda step, loss, rate: bar(step, recipe.retraining.steps),
+            **options,
+        )
+    if search and leads():
+        conclude_retraining(search, out, dataset, device=options["device"])
+    return weights

@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom import AE, _config, evt
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import StorageCommitmentPushModel, StudyRootQueryRetrieveInformationModelFind, Verification
 from pynetdicom.transport import AddressInformation, AssociationSocket
@@ -273,14 +274,20 @@ def reported(event: evt.Event) -> tuple[str, frozenset[str]]:
 
 
 def _not_established(association: Any, remote: Remote, begun: float, *, opened: bool) -> DeliveryError:
-    if association.is_rejected:
-        primitive = association.acceptor.primitive
+    primitive = association.acceptor.primitive if association.is_rejected else _unheard_rejection(association)
+    if primitive is not None:
         reason = NOT_RECOGNISED.get(primitive.diagnostic, "no reason given") if primitive.result_source == 1 else "busy"
         message = f"expected {remote.ae_title} to accept an association, found it rejected ({reason})"
         return DeliveryError("delivery-rejected", f"{message}: check the AE titles on both sides", retryable=True)
     if opened and association.accepted_contexts == [] and association.rejected_contexts:
         return _unsupported(remote)
     return _broken(remote, begun) if opened else _unreachable(remote)
+
+
+def _unheard_rejection(association: Any) -> Any | None:
+    """Return a rejection that came, and closed the connection, before the library looked whether it is open."""
+    answer = association.dul.receive_pdu(wait=False)
+    return answer if isinstance(answer, A_ASSOCIATE) and answer.result else None
 
 
 def _unreachable(remote: Remote) -> DeliveryError:
