@@ -28,9 +28,16 @@ from dints_search.metrics import read_metrics
 from dints_search.profile import Counts, count
 from dints_search.recipe import Recipe
 from dints_search.retrain import retrain
-from dints_search.run import commit, configure, read_config
+from dints_search.run import check_run, commit, configure
 from dints_search.search import search
-from dints_search.search_run import Parts, configure_search, read_search_config, split_training, with_search
+from dints_search.search_run import (
+    Parts,
+    check_search,
+    configure_search,
+    read_search_config,
+    split_training,
+    with_search,
+)
 from dints_search.searching import Searching
 from dints_search.space import SearchSpace
 
@@ -127,7 +134,8 @@ class SearchRecord(Strict):
     """What an arm's search found, kept as soon as it is known: retraining may go on elsewhere.
 
     Attributes:
-        settings: of the search. seconds: of its iterations. gap: without the retrained network.
+        settings: of the search. seconds: of its iterations, as the clock on the wall has them, whatever else ran.
+        gap: without the retrained network. commit: of the code that searched.
     """
 
     schema_version: Literal[1]
@@ -213,8 +221,7 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> SearchRecord:
             raise SystemExit(f"the search of {arm.name} was recorded with other settings: choose another --records")
         return kept
     config = configure_search(recipe, plan.parts(arm.seed), fold=plan.fold, seed=arm.seed, processes=1)
-    if (folder / "config.toml").exists() and read_search_config(folder).digest() != config.digest():
-        raise SystemExit(f"{folder} holds a search with other settings: choose another --out")
+    check_search(folder, config, resume=True)
     if not (folder / GAP_FILE).exists():
         options: dict[str, Any] = {"fold": plan.fold, "seed": arm.seed, "device": plan.device}
         resume = (folder / "config.toml").exists()
@@ -227,7 +234,7 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> SearchRecord:
         genotype=json.loads(read_genotype(folder / "genotype.json").to_json()),
         seconds=_search_seconds(folder),
         gap=read_gap(folder),
-        commit=commit(),
+        commit=read_search_config(folder).commit,
     )
     make_folder(path.parent)
     write_text(path, record.model_dump_json(indent=1) + "\n")
@@ -235,13 +242,10 @@ def _searched(plan: Plan, arm: Arm, folder: Path) -> SearchRecord:
 
 
 def _trained(plan: Plan, arm: Arm, genotype: Genotype, run: Path, held_out: Sequence[str]) -> bool:
-    """Say whether a run is finished; stop where it is one with other settings."""
-    if not (run / "config.toml").exists():
-        return False
+    """Say whether a run is finished; raise `DatasetError` (`run-mismatch`) where it is one with other settings."""
     cases = tuple(case for case in plan.dataset.fold(plan.fold)[0] if case.id not in held_out)
     config = configure(plan.recipe, genotype, cases, fold=plan.fold, seed=arm.seed)
-    if read_config(run).digest() != config.digest():
-        raise SystemExit(f"{run} holds a run with other settings: choose another --out")
+    check_run(run, config, resume=True)
     return (run / "weights.safetensors").exists()
 
 
