@@ -46,6 +46,11 @@ HOMES: Final = {
 """Public name -> its module, imported when asked for: a process that decodes pixels does not wait for pydantic."""
 
 
+def __dir__() -> list[str]:
+    """Return the public names, whether or not they were asked for."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Return a public name (PEP 562)."""
     if name not in HOMES:

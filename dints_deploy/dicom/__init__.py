@@ -16,5 +16,6 @@ Check      selfcheck before a file gets its name                 readback  reads
            verify    a written object against zoo and source
 Network    listen    a C-STORE listener                      spool     an object while it comes in
            storing   answers C-STORE on its connection       reception what a port takes, from whom, within what limits
-           instance  what one object says of its study           network   send, commit, count
+           pdata     P-DATA read without copies                  network   send, commit, count
+           instance  what one object says of its study
 """

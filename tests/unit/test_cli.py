@@ -8,8 +8,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -266,10 +266,8 @@ def test_every_reason_is_a_slug_with_a_meaning() -> None:
 
 
 def test_what_the_package_offers_is_exactly_what_it_says() -> None:
-    offered = {
-        name
-        for name, value in vars(dints_deploy).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
-    assert sorted(offered - {"annotations"}) == sorted(dints_deploy.__all__)
-    assert len(set(dints_deploy.__all__)) == len(dints_deploy.__all__)
+    assert dir(dints_deploy) == sorted(set(dints_deploy.__all__)) == sorted(dints_deploy.HOMES)
+    for name, home in dints_deploy.HOMES.items():
+        assert getattr(dints_deploy, name) is getattr(import_module(f"dints_deploy.{home}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'segments'"):
+        dints_deploy.segments  # noqa: B018
