@@ -117,7 +117,7 @@ def watched(command: list[str], work: Path, limit_bytes: int | None) -> dict[str
         if stopped:
             return {**run, "fits": False}
         if process.returncode:
-            return {**run, "fits": False, "error": said.read()[-500:]}
+            return {**run, "fits": False, "error": said.read().strip().splitlines()[-1]}
     told = json.loads(text[text.index("{") :])
     if "cases" not in told:
         return {**run, "fits": True}
