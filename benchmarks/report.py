@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from benchmarks.machine import ROOT
+from dints_search.draw import save_figure
 
 CHART = ROOT / "docs" / "pictures" / "performance.svg"
 GIB = 1 << 30
@@ -208,7 +209,7 @@ def draw(result: Result) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(CHART, metadata={"Date": None})
+    save_figure(figure, CHART)
 
 
 TABLES: Final[dict[str, Callable[[Result], list[str]]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import pytest
 from pydicom import dcmread
+from pynetdicom import AE
+from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 
 from dints_deploy.config.delivery import DicomDestination, FolderDestination, StowDestination
 from dints_deploy.config.fields import TLS
 from dints_deploy.config.intake import Completeness
-from dints_deploy.dicom.network import Commitments
+from dints_deploy.dicom.network import NOT_RECOGNISED, Commitments, Remote, _not_established
 from dints_deploy.errors import DeliveryError
 from dints_deploy.service.deliver import send
 from dints_deploy.service.intake import Room
@@ -100,6 +104,20 @@ def test_stow_stores_in_orthanc_and_the_same_once_more_changes_nothing(pacs: Ort
     for _ in range(2):
         assert set(send(service, paths, name="job").stored) == uids(paths)
     assert uids(paths) <= set(pacs.instances())
+
+
+def test_a_rejection_that_closed_the_connection_before_anybody_looked_is_still_a_rejection() -> None:
+    remote = Remote("127.0.0.1", 11112, "PACS", "DINTS", timeout_seconds=5)
+    found = []
+    for answers in ([], [1]):
+        association = Association(AE(), "requestor")  # as the library leaves it when the socket is closed that early
+        for result in answers:
+            rejection = A_ASSOCIATE()
+            rejection.result, rejection.result_source, rejection.diagnostic = result, 1, 7
+            association.dul.to_user_queue.put(rejection)
+        found.append(_not_established(association, remote, time.monotonic(), opened=True))
+    assert [fault.code for fault in found] == ["delivery-aborted", "delivery-rejected"]
+    assert NOT_RECOGNISED[7] in found[1].message
 
 
 @pytest.mark.parametrize(
