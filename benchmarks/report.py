@@ -205,7 +205,8 @@ def draw(result: Result) -> None:
     axes = figure.subplots()
     bars = axes.barh(list(runs), list(runs.values()), color=["#2f6db3" if "dints" in n else "#b0b0b0" for n in runs])
     axes.bar_label(bars, fmt="%.0f s", padding=3)
-    axes.set_xlabel(f"seconds for the {part} CT, from a fresh process")
+    what = "the whole CT" if part == "whole" else "an eighth of the CT"
+    axes.set_xlabel(f"seconds for {what}, from a fresh process")
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
