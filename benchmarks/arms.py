@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, Literal
 
 from pydantic import Field
@@ -134,7 +135,7 @@ class SearchRecord(Strict):
     """What an arm's search found, kept as soon as it is known: retraining may go on elsewhere.
 
     Attributes:
-        settings: of the search. seconds: of its iterations, as the clock on the wall has them, whatever else ran.
+        settings: of the search. seconds: of its iterations, by the median, so that pauses do not count.
         gap: without the retrained network. commit: of the code that searched.
     """
 
@@ -268,14 +269,18 @@ def _cost(counts: Counts) -> dict[str, float]:
 
 
 def _search_seconds(folder: Path) -> float:
-    return sum(float(line["seconds"]) for line in read_metrics(folder))
+    """Return the seconds of a search's iterations: of each phase its median iteration times their number."""
+    phases: dict[str, list[float]] = {}
+    for line in read_metrics(folder):
+        phases.setdefault(line["phase"], []).append(float(line["seconds"]))
+    return sum(median(seconds) * len(seconds) for seconds in phases.values())
 
 
 def _retrain_seconds(run: Path) -> float:
-    """Return the seconds of a run's steps; a pause between two sittings does not count."""
+    """Return the seconds of a run's steps: the median span of the log's lines times their number."""
     times = [json.loads(line)["time"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    spans = sorted(after - before for before, after in pairwise(times) if after > before)
-    return spans[len(spans) // 2] * len(times) if spans else 0.0
+    spans = [after - before for before, after in pairwise(times) if after > before]
+    return median(spans) * len(times) if spans else 0.0
 
 
 def _threads() -> int:

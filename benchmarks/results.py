@@ -148,6 +148,7 @@ def _setting(records: Sequence[Record]) -> str:
         f"- retraining: {retraining['steps']} steps of {retraining['batch']} patches, "
         f"channel multiplier {retraining['channel_multiplier']}, {retraining['precision']}, the same for all",
         f"- {', '.join(devices)}: {'; '.join(machines)}; commits {', '.join(commits)} (+ with changes)",
+        "- minutes: the median step times the steps, on a machine that did other work beside",
     ]
     return "\n".join(lines) + "\n"
 
