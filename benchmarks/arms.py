@@ -272,7 +272,7 @@ def _search_seconds(folder: Path) -> float:
     """Return the seconds of a search's iterations: of each phase its median iteration times their number."""
     phases: dict[str, list[float]] = {}
     for line in read_metrics(folder):
-        phases.setdefault(line["phase"], []).append(float(line["seconds"]))
+        phases.setdefault(str(line["phase"]), []).append(float(line["seconds"]))
     return sum(median(seconds) * len(seconds) for seconds in phases.values())
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # a run in fp32 does not pay for reading certificates
 Choice = tuple[Engine, list[bytes], str]
 """An engine, the network of each member in the form it takes, and why it was chosen."""
 
+Certified = tuple[str, list[bytes], str]
+"""The same with the engine's name."""
+
 EXPORT_FLAGS: Final = {"onnx": "--onnx", "openvino": "--openvino", "tensorrt": "--trt", "onnx-trt": "--onnx-trt"}
 
 
@@ -54,11 +57,14 @@ def choose_networks(
         raise UsageError("usage", f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
     chosen, why = choose_engine(engine, windows=windows, device=device, threads=threads)
     if precision == "fp32" and engine not in COMPILED:
-        if engine == "auto" and device != "cpu" and (plan := _plan_if_any(entry, device, threads)):
-            return plan
-        return chosen, [entry.member_bytes(member) for member in runnable(entry).spec.members], why
-    names = [engine] if engine != "auto" else _able(precision, device)
-    return _fastest(entry, names, precision, device, threads or available_threads(), asked=engine != "auto")
+        certified = _plan_if_any(entry, device) if engine == "auto" and device != "cpu" else None
+        if certified is None:
+            return chosen, [entry.member_bytes(member) for member in runnable(entry).spec.members], why
+    else:
+        names = [engine] if engine != "auto" else _able(precision, device)
+        certified = _fastest(entry, names, precision, device, asked=engine != "auto")
+    name, networks, why = certified
+    return build_engine(name, device, threads or available_threads(), windows=windows), networks, why
 
 
 def _able(precision: str, device: str) -> list[str]:
@@ -74,16 +80,16 @@ def _able(precision: str, device: str) -> list[str]:
     return able
 
 
-def _plan_if_any(entry: LoadedEntry, device: str, threads: int | None) -> Choice | None:
+def _plan_if_any(entry: LoadedEntry, device: str) -> Certified | None:
     """Return the compiled fp32 plan of a GPU where there is a valid one."""
     try:
         names = [name for name in _able("fp32", device) if name in COMPILED]
-        return _fastest(entry, names, "fp32", device, threads or available_threads(), asked=False) if names else None
+        return _fastest(entry, names, "fp32", device, asked=False) if names else None
     except EngineError:
         return None
 
 
-def _fastest(entry: LoadedEntry, names: list[str], precision: str, device: str, threads: int, *, asked: bool) -> Choice:
+def _fastest(entry: LoadedEntry, names: list[str], precision: str, device: str, *, asked: bool) -> Certified:
     """Return the fastest of the engines that have valid certificates for all members.
 
     Raises:
@@ -110,7 +116,7 @@ def _fastest(entry: LoadedEntry, names: list[str], precision: str, device: str, 
         entry.member_bytes(member) if (data := read_artefact(certificate)) is None else data
         for member, certificate in zip(members, found[name], strict=True)
     ]
-    return build_engine(name, device, threads), networks, f"{why}, {seconds:.3g} s a window at export"
+    return name, networks, f"{why}, {seconds:.3g} s a window at export"
 
 
 def find_certificate(entry: LoadedEntry, member: Member, target: Target) -> LocalCertificate:

@@ -52,7 +52,7 @@ class Session(Protocol):
     info: SessionInfo
 
     def submit(self, batch: Batch) -> Handle:
-        """Start a batch (N, C, I, J, K) and return at once; at most a few may be under way."""
+        """Start a batch (N, C, I, J, K) and return at once; at most `UNDER_WAY` may be under way."""
         ...
 
     def result(self, handle: Handle) -> Batch:
@@ -114,6 +114,9 @@ FIX: Final = {
 FEW_WINDOWS: Final = 4
 """Up to this many windows a quicker start outweighs a quicker network (benchmarks/cold_start.py)."""
 
+UNDER_WAY: Final = 3
+"""Batches submitted to a session before the oldest is waited for: two compute, the input of a third is there."""
+
 
 def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int | None = None) -> tuple[Engine, str]:
     """Return an engine and why it was chosen.
@@ -138,7 +141,7 @@ def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int 
     chosen, why = (name, "asked for") if name != "auto" else _choose(windows, device)
     if not installed(chosen):
         raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
-    return build_engine(chosen, device, threads or available_threads()), why
+    return build_engine(chosen, device, threads or available_threads(), windows=windows), why
 
 
 def installed(engine: str) -> bool:
@@ -163,12 +166,12 @@ def _choose(windows: int, device: str) -> tuple[str, str]:
     return "onnx", "the only CPU engine installed"
 
 
-def build_engine(name: str, device: str, threads: int) -> Engine:
-    """Return an engine that is installed."""
+def build_engine(name: str, device: str, threads: int, *, windows: int = 1) -> Engine:
+    """Return an engine that is installed, for a run of so many windows."""
     if name == "openvino":
         from dints_deploy.runtime.openvino_engine import OpenVinoEngine
 
-        return OpenVinoEngine(threads=threads)
+        return OpenVinoEngine(threads=threads, side_by_side=side_by_side(windows, threads))
     if name == "tensorrt":
         from dints_deploy.runtime.tensorrt_engine import TensorRtEngine
 
@@ -176,6 +179,15 @@ def build_engine(name: str, device: str, threads: int) -> Engine:
     from dints_deploy.runtime.onnx_engine import OnnxEngine
 
     return OnnxEngine(device=device, threads=threads, compiled=name == "onnx-trt")
+
+
+def side_by_side(windows: int, threads: int) -> int:
+    """Return how many windows of a run compute at a time on a CPU.
+
+    Two, each on half of the threads, wait less for one another's threads than one on all of them does
+    (docs/decisions/0022-two-windows-side-by-side.md). Few windows want the shortest time of one.
+    """
+    return 2 if windows > FEW_WINDOWS and threads % 2 == 0 else 1
 
 
 def engine_version(name: str) -> str:

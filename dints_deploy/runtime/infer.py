@@ -17,15 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dints_deploy.runtime.blend import Logits
-from dints_deploy.runtime.engine import Batch, Handle, Session, check_output
+from dints_deploy.runtime.engine import UNDER_WAY, Batch, Handle, Session, check_output
 from dints_deploy.runtime.pipeline import Seconds
 from dints_deploy.runtime.preprocess import PIECE_BYTES, Prepared
 from dints_deploy.runtime.window import Start
 
 Voxels = NDArray[np.float32]
-
-UNDER_WAY: Final = 2
-"""Batches submitted before the oldest one is waited for."""
 
 AXIS_OF: Final = {"i": 2, "j": 3, "k": 4}
 """Axis of a batch (N, C, I, J, K)."""

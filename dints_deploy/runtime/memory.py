@@ -25,7 +25,7 @@ FLOAT_BYTES: Final = 4
 MAX_PARTS: Final = 32
 """Parts of one axis at most: beyond, nearly all of the work would be done again."""
 
-WINDOWS_HELD: Final = 5
+WINDOWS_HELD: Final = 6
 """Batches of windows and of logits at a time: under way, fresh from the engine, handed over, blended, of air."""
 
 SLACK_BYTES: Final = 128 << 20

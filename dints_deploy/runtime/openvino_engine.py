@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from dints_deploy.errors import EngineError
-from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision, engine_error
+from dints_deploy.runtime.engine import (
+    UNDER_WAY,
+    Batch,
+    Handle,
+    SessionInfo,
+    check_ends,
+    check_precision,
+    engine_error,
+)
 from dints_deploy.runtime.machine import BF16_FEATURES, cpu_features
 
 # `import openvino` loads its model converter, which sends a usage event over the network. Nothing leaves this machine:
@@ -19,17 +27,20 @@ import openvino  # noqa: E402
 HINTS: Final = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 """Precision -> OpenVINO's inference precision."""
 
-REQUESTS: Final = 2
-"""Batches under way at a time: one computes while the next one's input is copied."""
-
 
 class OpenVinoEngine:
-    """OpenVINO's CPU plugin."""
+    """OpenVINO's CPU plugin.
+
+    Args:
+        threads: of all windows together; 0 for all of the machine's.
+        side_by_side: windows that compute at a time, each on its share of the threads.
+    """
 
     name = "openvino"
 
-    def __init__(self, *, threads: int = 0) -> None:
+    def __init__(self, *, threads: int = 0, side_by_side: int = 1) -> None:
         self.threads = threads
+        self.side_by_side = side_by_side
 
     def open(
         self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
@@ -41,7 +52,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
+            "NUM_STREAMS": self.side_by_side,
         }
         try:
             core = _core()
@@ -89,14 +100,14 @@ class OpenVinoSession:
     """A compiled network with a small ring of requests."""
 
     def __init__(self, compiled: Any, info: SessionInfo) -> None:
-        self._requests = [compiled.create_infer_request() for _ in range(REQUESTS)]
+        self._requests = [compiled.create_infer_request() for _ in range(UNDER_WAY)]
         self._next = 0
         self.info = info
 
     def submit(self, batch: Batch) -> Handle:
-        """Start a batch; at most `REQUESTS` may be under way."""
+        """Start a batch; at most `UNDER_WAY` may be under way."""
         request = self._requests[self._next]
-        self._next = (self._next + 1) % REQUESTS
+        self._next = (self._next + 1) % UNDER_WAY
         try:
             request.start_async([batch], share_inputs=False)
         except (RuntimeError, MemoryError) as error:

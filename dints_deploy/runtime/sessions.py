@@ -12,7 +12,7 @@ import numpy as np
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.runtime.certified import choose_networks
-from dints_deploy.runtime.engine import Session
+from dints_deploy.runtime.engine import UNDER_WAY, Session
 from dints_deploy.runtime.infer import mirrors
 from dints_deploy.runtime.rss import resident_bytes
 
@@ -38,7 +38,7 @@ class Opened:
         """Run empty windows, so that the memory that running takes is held before the rest is planned."""
         empty = np.zeros((self.batch, len(spec.channels), *spec.window), np.float32)
         for session in self.sessions:
-            for handle in [session.submit(empty), session.submit(empty)]:
+            for handle in [session.submit(empty) for _ in range(UNDER_WAY)]:
                 session.result(handle)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from dints_deploy.catalog.catalog import load_entry
 from dints_deploy.errors import EngineError, UsageError
-from dints_deploy.runtime.engine import COMPUTES, PRECISIONS, Engine, Session, check_output, choose_engine
+from dints_deploy.runtime.engine import COMPUTES, PRECISIONS, UNDER_WAY, Engine, Session, check_output, choose_engine
 from dints_deploy.runtime.machine import cpu_features
 from dints_deploy.runtime.onnx_engine import OnnxEngine
 from dints_deploy.runtime.openvino_engine import OpenVinoEngine
@@ -38,6 +38,7 @@ from tests.tiny_entry import (
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "openvino": lambda: OpenVinoEngine(threads=1),
+    "openvino, two windows side by side": lambda: OpenVinoEngine(threads=2, side_by_side=2),
     "onnx": lambda: OnnxEngine(threads=1),
     "numpy": NumpyEngine,
 }
@@ -88,16 +89,16 @@ def test_a_batch_gives_what_its_windows_give_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SESSIONS)
-def test_with_two_batches_under_way_each_handle_gives_its_own_result(name: str) -> None:
-    network, several = random_network(3), windows(6)
+def test_with_batches_under_way_each_handle_gives_its_own_result(name: str) -> None:
+    network, several = random_network(3), windows(8)
     session = opened(name, network)
     expected = [network.logits(window[np.newaxis]) for window in several]
     found: list[Any] = []
-    waiting = [session.submit(several[0][np.newaxis])]
-    for window in several[1:]:
+    waiting = [session.submit(window[np.newaxis]) for window in several[: UNDER_WAY - 1]]
+    for window in several[UNDER_WAY - 1 :]:
         waiting.append(session.submit(window[np.newaxis]))
         found.append(session.result(waiting.pop(0)))
-    found.append(session.result(waiting.pop()))
+    found += [session.result(handle) for handle in waiting]
     for logits, reference in zip(found, expected, strict=True):  # compared at the end: no result was overwritten
         np.testing.assert_allclose(logits, reference, rtol=2e-5, atol=2e-5)
 
@@ -115,7 +116,7 @@ def test_what_happens_to_a_batch_after_it_was_submitted_does_not_matter(name: st
 @pytest.mark.parametrize("name", SESSIONS)
 def test_a_session_says_what_runs(name: str) -> None:
     session = opened(name, random_network(0))
-    assert (session.info.engine, session.info.device, session.info.precision) == (name, "cpu", "fp32")
+    assert (session.info.engine, session.info.device, session.info.precision) == (name.split(",")[0], "cpu", "fp32")
     assert session.info.version.split(".")[0].isdigit()
     assert session.info.why
     assert session.memory_bytes() >= 0
@@ -152,7 +153,7 @@ def test_what_int8_leaves_alone_is_computed_as_bf16_where_the_processor_has_it()
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_precision_that_an_engine_does_not_have_is_a_wrong_call(name: str) -> None:
-    for precision in {*PRECISIONS, "fp33"} - {*COMPUTES.get(name, ("fp32",))}:
+    for precision in {*PRECISIONS, "fp33"} - {*COMPUTES.get(ENGINES[name]().name, ("fp32",))}:
         with pytest.raises(UsageError) as caught:
             ENGINES[name]().open(random_network(0).onnx(), window=WINDOW, batch=1, precision=precision, why="")
         assert caught.value.code == "usage"
