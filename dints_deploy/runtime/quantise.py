@@ -21,6 +21,7 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from dints_deploy.errors import EngineError
 from dints_deploy.runtime.engine import Batch
+from dints_deploy.runtime.plain_norm import with_plain_norms
 
 FULL_ENDS: Final = 3
 """Convolutions kept in fp32 at each end, counted along the shortest way to the input or output.
@@ -43,6 +44,7 @@ def to_int8(network: bytes, windows: Batch) -> bytes:
         EngineError: `engine-failed` when no convolution lies between the ends: it would be fp32 under another name.
     """
     model = onnx.load_from_string(network)
+    with_plain_norms(model)
     for number, node in enumerate(model.graph.node):
         node.name = node.name or f"node{number}"  # by which nodes are excluded
     full = end_convolutions(model.graph, FULL_ENDS)
