@@ -21,6 +21,7 @@ import nibabel
 import numpy as np
 
 from benchmarks.machine import ROOT, write
+from dints_deploy.catalog.catalog import load_entry
 
 CASE = "hippocampus_038"
 SCAN = ROOT / "tests" / "data" / "Task04_Hippocampus" / "imagesTr" / f"{CASE}.nii.gz"
@@ -40,6 +41,7 @@ def contenders(out: Path) -> dict[str, list[str]]:
             str(SCAN),
             str(out / "network.ts"),
             str(out),
+            *load_entry(ENTRY).spec.tta,
         ],
     }
 

@@ -1,6 +1,6 @@
 """The usual way with torch and MONAI: what a user writes today to run the same network on the same scan.
 
-    python benchmarks/monai_path.py SCAN NETWORK.ts OUT_FOLDER
+    python benchmarks/monai_path.py SCAN NETWORK.ts OUT_FOLDER [MIRRORED_AXIS]
 
 The network is a TorchScript file (as MONAI bundles ship it), made beforehand by `torch_network`, so that nothing of
 ours is imported and nothing but the user's own work is timed.
@@ -20,14 +20,20 @@ from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 def main() -> None:
     """Segment one scan."""
     scan, network_file, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    flips = [(), *([2 + "ijk".index(axis)] for axis in sys.argv[4:5])]  # as an entry's test-time augmentation
     network = torch.jit.load(network_file).eval()  # type: ignore[no-untyped-call]
     prepare = Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation(axcodes="RAS")])
     image = prepare(scan)
     low, high = np.percentile(image, [0.5, 99.5])
     values = image.clamp(low, high)
     values = (values - values.mean()) / values.std(unbiased=False)
+
+    def mirrored(window: torch.Tensor) -> torch.Tensor:
+        copies = [network(window.flip(axes)).flip(axes) if axes else network(window) for axes in flips]
+        return torch.stack(copies).mean(0)
+
     with torch.inference_mode():
-        logits = sliding_window_inference(values[None], (40, 56, 40), 1, network, overlap=0.5, mode="gaussian")
+        logits = sliding_window_inference(values[None], (40, 56, 40), 1, mirrored, overlap=0.5, mode="gaussian")
     labels = logits.argmax(1).to(torch.uint8)
     labels.meta.update(image.meta)
     SaveImage(output_dir=out, output_postfix="monai", separate_folder=False, print_log=False)(labels)
