@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.product import peak_gmac_per_second
 from dints_deploy.catalog.catalog import load_entry
-from dints_deploy.runtime.engine import UNDER_WAY, Batch, Handle, Session
+from dints_deploy.runtime.engine import Batch, Handle, Session
 from dints_deploy.runtime.sessions import open_sessions
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     )
     rng = np.random.default_rng(0)
     window = rng.uniform(size=(1, len(entry.spec.channels), *entry.spec.window)).astype(np.float32)
-    run_all(session, [window] * UNDER_WAY)  # warms up
+    run_all(session, [window] * session.under_way)  # warms up
     begin = time.perf_counter()
     run_all(session, [window] * options.windows)
     told = {"seconds_per_window": (time.perf_counter() - begin) / options.windows}
@@ -46,11 +46,11 @@ def main() -> None:
 
 
 def run_all(session: Session, windows: list[Batch]) -> None:
-    """Run windows as a scan's are run: `UNDER_WAY` of them submitted at a time."""
+    """Run windows as a scan's are run: as many submitted at a time."""
     waiting: deque[Handle] = deque()
     for window in windows:
         waiting.append(session.submit(window))
-        if len(waiting) == UNDER_WAY:
+        if len(waiting) == session.under_way:
             session.result(waiting.popleft())
     while waiting:
         session.result(waiting.popleft())

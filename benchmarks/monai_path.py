@@ -20,7 +20,7 @@ from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 def main() -> None:
     """Segment one scan."""
     scan, network_file, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    flips = [(), *([2 + "ijk".index(axis)] for axis in sys.argv[4:5])]  # as an entry's test-time augmentation
+    flips: list[list[int]] = [[], *([2 + "ijk".index(axis)] for axis in sys.argv[4:5])]  # test-time augmentation
     network = torch.jit.load(network_file).eval()  # type: ignore[no-untyped-call]
     prepare = Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation(axcodes="RAS")])
     image = prepare(scan)

@@ -137,6 +137,8 @@ class NumpyEngine:
 class NumpySession:
     """A loaded tiny network."""
 
+    under_way = 2
+
     def __init__(self, network: TinyNetwork, info: SessionInfo) -> None:
         self._network = network
         self.info = info

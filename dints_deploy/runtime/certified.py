@@ -6,15 +6,17 @@ certificate for exactly these weights, this engine's version and this device (se
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import TYPE_CHECKING, Final
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
-from dints_deploy.catalog.entry import Member
+from dints_deploy.catalog.entry import Entry, Member
 from dints_deploy.errors import EngineError, UsageError
 from dints_deploy.runtime.engine import (
     COMPILED,
     COMPUTES,
+    FEW_WINDOWS,
     PRECISIONS,
     Engine,
     available_threads,
@@ -33,6 +35,9 @@ Choice = tuple[Engine, list[bytes], str]
 
 Certified = tuple[str, list[bytes], str]
 """The same with the engine's name."""
+
+MOST_LOGITS_BYTES: Final = 64 << 20
+"""Of one window, up to which two windows compute at a time: 18 classes over 96 x 96 x 96."""
 
 EXPORT_FLAGS: Final = {"onnx": "--onnx", "openvino": "--openvino", "tensorrt": "--trt", "onnx-trt": "--onnx-trt"}
 
@@ -55,7 +60,9 @@ def choose_networks(
     """
     if precision not in PRECISIONS:
         raise UsageError("usage", f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
-    chosen, why = choose_engine(engine, windows=windows, device=device, threads=threads)
+    threads = threads or available_threads()
+    at_once = side_by_side(runnable(entry).spec, windows, threads)
+    chosen, why = choose_engine(engine, windows=windows, device=device, threads=threads, at_once=at_once)
     if precision == "fp32" and engine not in COMPILED:
         certified = _plan_if_any(entry, device) if engine == "auto" and device != "cpu" else None
         if certified is None:
@@ -64,7 +71,17 @@ def choose_networks(
         names = [engine] if engine != "auto" else _able(precision, device)
         certified = _fastest(entry, names, precision, device, asked=engine != "auto")
     name, networks, why = certified
-    return build_engine(name, device, threads or available_threads(), windows=windows), networks, why
+    return build_engine(name, device, threads, at_once=at_once), networks, why
+
+
+def side_by_side(spec: Entry, windows: int, threads: int) -> int:
+    """Return how many windows of a run compute at a time on a CPU (docs/decisions/0022-two-windows-side-by-side.md).
+
+    Two, each on half of the threads, wait less for one another's threads than one on all of them does. Few windows want
+    the shortest time of one, and the logits of a hundred classes leave no memory for a second.
+    """
+    logits_bytes = 4 * spec.outputs * math.prod(spec.window)
+    return 2 if windows > FEW_WINDOWS and threads % 2 == 0 and logits_bytes <= MOST_LOGITS_BYTES else 1
 
 
 def _able(precision: str, device: str) -> list[str]:

@@ -47,12 +47,17 @@ class SessionInfo:
 
 
 class Session(Protocol):
-    """A network that is ready to run on batches of windows."""
+    """A network that is ready to run on batches of windows.
+
+    Attributes:
+        under_way: batches that may be submitted before the oldest is waited for.
+    """
 
     info: SessionInfo
+    under_way: int
 
     def submit(self, batch: Batch) -> Handle:
-        """Start a batch (N, C, I, J, K) and return at once; at most `UNDER_WAY` may be under way."""
+        """Start a batch (N, C, I, J, K) and return at once; at most `under_way` may be."""
         ...
 
     def result(self, handle: Handle) -> Batch:
@@ -114,11 +119,10 @@ FIX: Final = {
 FEW_WINDOWS: Final = 4
 """Up to this many windows a quicker start outweighs a quicker network (benchmarks/cold_start.py)."""
 
-UNDER_WAY: Final = 3
-"""Batches submitted to a session before the oldest is waited for: two compute, the input of a third is there."""
 
-
-def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int | None = None) -> tuple[Engine, str]:
+def choose_engine(
+    name: str, *, windows: int, device: str = "cpu", threads: int | None = None, at_once: int = 1
+) -> tuple[Engine, str]:
     """Return an engine and why it was chosen.
 
     Args:
@@ -126,6 +130,7 @@ def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int 
         windows: how many windows will run; a short run wants a quick start.
         device: cpu or cuda:N.
         threads: CPU threads, None for all.
+        at_once: windows that compute at a time, where the engine can.
 
     Raises:
         UsageError: the name or device is unknown. EngineError: `engine-missing`.
@@ -141,7 +146,7 @@ def choose_engine(name: str, *, windows: int, device: str = "cpu", threads: int 
     chosen, why = (name, "asked for") if name != "auto" else _choose(windows, device)
     if not installed(chosen):
         raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
-    return build_engine(chosen, device, threads or available_threads(), windows=windows), why
+    return build_engine(chosen, device, threads or available_threads(), at_once=at_once), why
 
 
 def installed(engine: str) -> bool:
@@ -166,12 +171,12 @@ def _choose(windows: int, device: str) -> tuple[str, str]:
     return "onnx", "the only CPU engine installed"
 
 
-def build_engine(name: str, device: str, threads: int, *, windows: int = 1) -> Engine:
-    """Return an engine that is installed, for a run of so many windows."""
+def build_engine(name: str, device: str, threads: int, *, at_once: int = 1) -> Engine:
+    """Return an engine that is installed; `at_once` windows compute at a time, where it can."""
     if name == "openvino":
         from dints_deploy.runtime.openvino_engine import OpenVinoEngine
 
-        return OpenVinoEngine(threads=threads, side_by_side=side_by_side(windows, threads))
+        return OpenVinoEngine(threads=threads, at_once=at_once)
     if name == "tensorrt":
         from dints_deploy.runtime.tensorrt_engine import TensorRtEngine
 
@@ -179,15 +184,6 @@ def build_engine(name: str, device: str, threads: int, *, windows: int = 1) -> E
     from dints_deploy.runtime.onnx_engine import OnnxEngine
 
     return OnnxEngine(device=device, threads=threads, compiled=name == "onnx-trt")
-
-
-def side_by_side(windows: int, threads: int) -> int:
-    """Return how many windows of a run compute at a time on a CPU.
-
-    Two, each on half of the threads, wait less for one another's threads than one on all of them does
-    (docs/decisions/0022-two-windows-side-by-side.md). Few windows want the shortest time of one.
-    """
-    return 2 if windows > FEW_WINDOWS and threads % 2 == 0 else 1
 
 
 def engine_version(name: str) -> str:

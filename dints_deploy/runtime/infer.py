@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dints_deploy.runtime.blend import Logits
-from dints_deploy.runtime.engine import UNDER_WAY, Batch, Handle, Session, check_output
+from dints_deploy.runtime.engine import Batch, Handle, Session, check_output
 from dints_deploy.runtime.pipeline import Seconds
 from dints_deploy.runtime.preprocess import PIECE_BYTES, Prepared
 from dints_deploy.runtime.window import Start
@@ -180,7 +180,7 @@ def _run_ahead(jobs: Iterable[Job], classes: int, seconds: Seconds) -> Iterator[
         batch, session, flip = job
         with seconds.stage("engine"):
             under_way.append((job, session.submit(np.ascontiguousarray(np.flip(batch, flip)))))
-        if len(under_way) >= UNDER_WAY:
+        if len(under_way) >= session.under_way:
             yield finish()
     while under_way:
         yield finish()

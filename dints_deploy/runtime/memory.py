@@ -25,8 +25,11 @@ FLOAT_BYTES: Final = 4
 MAX_PARTS: Final = 32
 """Parts of one axis at most: beyond, nearly all of the work would be done again."""
 
-WINDOWS_HELD: Final = 6
-"""Batches of windows and of logits at a time: under way, fresh from the engine, handed over, blended, of air."""
+WINDOWS_HELD: Final = 3
+"""Batches of windows and of logits at a time beside those under way: handed over, blended, of air."""
+
+UNDER_WAY: Final = 2
+"""Batches under way in an engine that computes one at a time; the last of them is fresh from it."""
 
 SLACK_BYTES: Final = 128 << 20
 """What allocators keep, and everything small."""
@@ -60,7 +63,9 @@ class Plan:
         return sum(len(block.starts) for block in self.blocks) - self.windows
 
 
-def make_plan(prepared: Prepared, spec: Entry, *, room_bytes: int | None = None, batch: int = 1) -> Plan:
+def make_plan(
+    prepared: Prepared, spec: Entry, *, room_bytes: int | None = None, batch: int = 1, under_way: int = UNDER_WAY
+) -> Plan:
     """Return the plan with the fewest windows that keeps within `room_bytes`.
 
     Args:
@@ -68,6 +73,7 @@ def make_plan(prepared: Prepared, spec: Entry, *, room_bytes: int | None = None,
         spec: of the network.
         room_bytes: what the run may take beyond what the process holds; None for any amount.
         batch: windows per call of the engine.
+        under_way: calls of the engine at a time.
 
     Raises:
         EngineError: `memory-limit` when no plan keeps within it.
@@ -77,11 +83,12 @@ def make_plan(prepared: Prepared, spec: Entry, *, room_bytes: int | None = None,
     starts = [axis_starts(n, w, spec.overlap) for n, w in zip(swept.grid.shape, window, strict=True)]
     ways = [partial(_way, swept, axis, starts[axis], window[axis]) for axis in (1, 2)]
     split = _Split(ways[0](1), ways[1](1))
-    peak = _peak_bytes(swept, spec, window, batch, split)
+    held = batch * (under_way + WINDOWS_HELD)
+    peak = _peak_bytes(swept, spec, window, held, split)
     if room_bytes is not None and peak > room_bytes:
         counts = [range(1, min(MAX_PARTS, swept.oriented.shape[axis]) + 1) for axis in (1, 2)]
         splits = [_Split(*parts) for parts in product(map(ways[0], counts[0]), map(ways[1], counts[1]))]
-        peaks = [_peak_bytes(swept, spec, window, batch, split) for split in splits]
+        peaks = [_peak_bytes(swept, spec, window, held, split) for split in splits]
         fitting = [n for n, needed in enumerate(peaks) if needed <= room_bytes]
         if not fitting:
             raise _too_little(min(peaks), room_bytes)
@@ -120,22 +127,22 @@ def _way(swept: Prepared, axis: int, starts: Sequence[int], window: int, count: 
     return parts_of(swept.back[axis], swept.before[axis], starts, window, count)
 
 
-def _peak_bytes(swept: Prepared, spec: Entry, window: Sequence[int], batch: int, split: _Split) -> int:
+def _peak_bytes(swept: Prepared, spec: Entry, window: Sequence[int], windows_held: int, split: _Split) -> int:
     """Return the most that a sweep takes: it is the same for every image of this shape."""
     axes = (split.rows, split.columns)
-    held = math.prod(max(p.columns.stop - p.columns.start for p in parts) for parts in axes)
+    block = math.prod(max(p.columns.stop - p.columns.start for p in parts) for parts in axes)
     read = math.prod(max(p.span(w) for p in parts) for parts, w in zip(axes, window[1:], strict=True))
     decided = math.prod(max(p.voxels.stop - p.voxels.start for p in parts) for parts in axes)
     voxels, channels = math.prod(window), swept.scan.channels
-    logits = spec.outputs * window[0] * held  # of the windows' depth over the block
+    logits = spec.outputs * window[0] * block  # of the windows' depth over the block
     planes = channels * window[0] * read
-    under_way = batch * voxels * WINDOWS_HELD * (channels + spec.outputs) + 3 * voxels
-    plane = max(held * max(1, swept.inner.shape[0] // swept.oriented.shape[0] + 1), decided)
+    windows = windows_held * voxels * (channels + spec.outputs) + 3 * voxels
+    plane = max(block * max(1, swept.inner.shape[0] // swept.oriented.shape[0] + 1), decided)
     deciding = 6 * max(BLOCK_BYTES, FLOAT_BYTES * plane)
     cutting = 6 * max(PIECE_BYTES, FLOAT_BYTES * channels * read)
     largest = label_dtype(max(label.value for label in spec.labels))
     labels = math.prod(swept.oriented.shape) * int(largest.itemsize)
-    sweeping = FLOAT_BYTES * (logits + planes + under_way) + deciding + cutting
+    sweeping = FLOAT_BYTES * (logits + planes + windows) + deciding + cutting
     return int(MARGIN * (labels + max(sweeping, LABEL_COPIES * labels)) + SLACK_BYTES)
 
 

@@ -72,6 +72,8 @@ class OnnxEngine:
 class OnnxSession:
     """A loaded network; ONNX Runtime computes when the batch is submitted."""
 
+    under_way = 2
+
     def __init__(self, session: Any, info: SessionInfo) -> None:
         self._session = session
         self._input: str = session.get_inputs()[0].name

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from dints_deploy.errors import EngineError
-from dints_deploy.runtime.engine import (
-    UNDER_WAY,
-    Batch,
-    Handle,
-    SessionInfo,
-    check_ends,
-    check_precision,
-    engine_error,
-)
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision, engine_error
 from dints_deploy.runtime.machine import BF16_FEATURES, cpu_features
 
 # `import openvino` loads its model converter, which sends a usage event over the network. Nothing leaves this machine:
@@ -33,14 +25,14 @@ class OpenVinoEngine:
 
     Args:
         threads: of all windows together; 0 for all of the machine's.
-        side_by_side: windows that compute at a time, each on its share of the threads.
+        at_once: windows that compute at a time, each on its share of the threads.
     """
 
     name = "openvino"
 
-    def __init__(self, *, threads: int = 0, side_by_side: int = 1) -> None:
+    def __init__(self, *, threads: int = 0, at_once: int = 1) -> None:
         self.threads = threads
-        self.side_by_side = side_by_side
+        self.at_once = at_once
 
     def open(
         self, network: bytes, *, window: Sequence[int], batch: int, precision: str, why: str = "asked for"
@@ -52,7 +44,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": self.side_by_side,
+            "NUM_STREAMS": self.at_once,
         }
         try:
             core = _core()
@@ -69,9 +61,8 @@ class OpenVinoEngine:
                 "engine-failed",
                 f"expected OpenVINO to compute in {hint} here, found {told}: use another --precision",
             )
-        return OpenVinoSession(
-            compiled, SessionInfo(self.name, openvino.__version__.split("-")[0], "cpu", precision, why)
-        )
+        info = SessionInfo(self.name, openvino.__version__.split("-")[0], "cpu", precision, why)
+        return OpenVinoSession(compiled, info, under_way=self.at_once + 1)
 
 
 def _hint(precision: str) -> str:
@@ -97,17 +88,18 @@ def _core() -> Any:
 
 
 class OpenVinoSession:
-    """A compiled network with a small ring of requests."""
+    """A compiled network with a ring of requests: those that compute, and one whose input is there already."""
 
-    def __init__(self, compiled: Any, info: SessionInfo) -> None:
-        self._requests = [compiled.create_infer_request() for _ in range(UNDER_WAY)]
+    def __init__(self, compiled: Any, info: SessionInfo, *, under_way: int) -> None:
+        self._requests = [compiled.create_infer_request() for _ in range(under_way)]
         self._next = 0
         self.info = info
+        self.under_way = under_way
 
     def submit(self, batch: Batch) -> Handle:
-        """Start a batch; at most `UNDER_WAY` may be under way."""
+        """Start a batch; at most `under_way` may be."""
         request = self._requests[self._next]
-        self._next = (self._next + 1) % UNDER_WAY
+        self._next = (self._next + 1) % self.under_way
         try:
             request.start_async([batch], share_inputs=False)
         except (RuntimeError, MemoryError) as error:

@@ -114,9 +114,11 @@ def _plan(prepared: Prepared, spec: Entry, opened: Opened | None, max_ram_bytes:
     """Return the plan for the memory there is: first without the networks, then beside them, warmed up."""
     if max_ram_bytes is None:
         return make_plan(prepared, spec, room_bytes=int(SHARE_OF_AVAILABLE * available_bytes()))
-    if opened is not None:
-        opened.warm_up(spec)
-    return make_plan(prepared, spec, room_bytes=max_ram_bytes - resident_bytes(), batch=opened.batch if opened else 1)
+    if opened is None:
+        return make_plan(prepared, spec, room_bytes=max_ram_bytes - resident_bytes())
+    opened.warm_up(spec)
+    room = max_ram_bytes - resident_bytes()
+    return make_plan(prepared, spec, room_bytes=room, batch=opened.batch, under_way=opened.under_way)
 
 
 def run(

@@ -12,7 +12,7 @@ import numpy as np
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.runtime.certified import choose_networks
-from dints_deploy.runtime.engine import UNDER_WAY, Session
+from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.infer import mirrors
 from dints_deploy.runtime.rss import resident_bytes
 
@@ -34,11 +34,16 @@ class Opened:
     batch: int
     memory_bytes: int
 
+    @property
+    def under_way(self) -> int:
+        """Return how many batches are submitted at a time."""
+        return max(session.under_way for session in self.sessions)
+
     def warm_up(self, spec: Entry) -> None:
         """Run empty windows, so that the memory that running takes is held before the rest is planned."""
         empty = np.zeros((self.batch, len(spec.channels), *spec.window), np.float32)
         for session in self.sessions:
-            for handle in [session.submit(empty) for _ in range(UNDER_WAY)]:
+            for handle in [session.submit(empty) for _ in range(session.under_way)]:
                 session.result(handle)
 
 

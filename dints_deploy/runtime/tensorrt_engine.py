@@ -1,4 +1,4 @@
-"""Run a TensorRT plan: own buffers in pinned and device memory, three streams, three batches under way.
+"""Run a TensorRT plan: own buffers in pinned and device memory, three streams, two batches under way.
 
 While one batch computes, the next one is copied to the GPU and the last one's logits come back. The logits of every
 window come to the host: docs/decisions/0013-no-accumulator-on-the-device.md says when that would cost more than it
@@ -14,7 +14,7 @@ import tensorrt as trt
 
 from dints_deploy.errors import EngineError
 from dints_deploy.runtime.cuda import Buffer, Event, Stream, select
-from dints_deploy.runtime.engine import UNDER_WAY, Batch, Handle, SessionInfo, check_ends, check_precision
+from dints_deploy.runtime.engine import Batch, Handle, SessionInfo, check_ends, check_precision
 from dints_deploy.runtime.tensorrt_log import Log, given
 
 
@@ -59,6 +59,8 @@ class _Request:
 class TensorRtSession:
     """A loaded plan with its buffers and streams."""
 
+    under_way = 2
+
     def __init__(self, plan: trt.ICudaEngine, log: Log, sizes: tuple[int, ...], info: SessionInfo) -> None:
         self._plan, self._log, self.info = plan, log, info
         self._scan, self._logits = _ends(plan)
@@ -70,14 +72,14 @@ class TensorRtSession:
         found = self._context.get_tensor_shape(self._logits)
         logits = [int(found[axis]) for axis in range(len(found))]
         self._upload, self._compute, self._download = Stream(), Stream(), Stream()
-        self._requests = [_Request(shape, logits) for _ in range(UNDER_WAY)]
+        self._requests = [_Request(shape, logits) for _ in range(self.under_way)]
         self._next = 0
 
     def submit(self, batch: Batch) -> Handle:
-        """Start a batch and return at once; at most `UNDER_WAY` may be under way."""
+        """Start a batch and return at once; at most `under_way` may be."""
         select(self.info.device)
         request = self._requests[self._next]
-        self._next = (self._next + 1) % UNDER_WAY
+        self._next = (self._next + 1) % self.under_way
         if batch.shape != request.scan.host.shape:
             raise EngineError(
                 "engine-failed", f"expected a batch of {request.scan.host.shape}, found {batch.shape}: open it for this"

@@ -12,6 +12,8 @@ from dints_search.retrain import autocast
 class TorchSession:
     """A network in torch, ready to run on batches of windows."""
 
+    under_way = 2
+
     def __init__(self, network: nn.Module, *, device: str = "cpu", precision: str = "fp32") -> None:
         self._network = network.to(device).eval()
         self._device = device

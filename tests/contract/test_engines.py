@@ -18,7 +18,7 @@ from torch import nn
 
 from dints_deploy.catalog.catalog import load_entry
 from dints_deploy.errors import EngineError, UsageError
-from dints_deploy.runtime.engine import COMPUTES, PRECISIONS, UNDER_WAY, Engine, Session, check_output, choose_engine
+from dints_deploy.runtime.engine import COMPUTES, PRECISIONS, Engine, Session, check_output, choose_engine
 from dints_deploy.runtime.machine import cpu_features
 from dints_deploy.runtime.onnx_engine import OnnxEngine
 from dints_deploy.runtime.openvino_engine import OpenVinoEngine
@@ -38,7 +38,7 @@ from tests.tiny_entry import (
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "openvino": lambda: OpenVinoEngine(threads=1),
-    "openvino, two windows side by side": lambda: OpenVinoEngine(threads=2, side_by_side=2),
+    "openvino, two windows side by side": lambda: OpenVinoEngine(threads=2, at_once=2),
     "onnx": lambda: OnnxEngine(threads=1),
     "numpy": NumpyEngine,
 }
@@ -94,8 +94,8 @@ def test_with_batches_under_way_each_handle_gives_its_own_result(name: str) -> N
     session = opened(name, network)
     expected = [network.logits(window[np.newaxis]) for window in several]
     found: list[Any] = []
-    waiting = [session.submit(window[np.newaxis]) for window in several[: UNDER_WAY - 1]]
-    for window in several[UNDER_WAY - 1 :]:
+    waiting = [session.submit(window[np.newaxis]) for window in several[: session.under_way - 1]]
+    for window in several[session.under_way - 1 :]:
         waiting.append(session.submit(window[np.newaxis]))
         found.append(session.result(waiting.pop(0)))
     found += [session.result(handle) for handle in waiting]

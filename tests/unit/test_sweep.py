@@ -52,6 +52,7 @@ class Counting:
     """A session that keeps its batches, and fails where it is told to."""
 
     info = SessionInfo("slopes", "1", "cpu", "fp32", "a test")
+    under_way = 2
 
     def __init__(self, network: Slopes, *, fail_at: int | None = None) -> None:
         self.network = network
