@@ -2,7 +2,7 @@
 
 Beside it the processor's own peak, by a large matrix product in float32: what no engine in fp32 can go far beyond.
 
-python -m benchmarks.alone ENTRY_FOLDER [--engine openvino] [--precision fp32] [--windows 6] [--product]
+python -m benchmarks.alone ENTRY_FOLDER [--engine openvino] [--precision fp32] [--windows 8] [--product]
 """
 
 from __future__ import annotations

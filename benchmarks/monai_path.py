@@ -1,6 +1,6 @@
 """The usual way with torch and MONAI: what a user writes today to run the same network on the same scan.
 
-    python benchmarks/monai_path.py SCAN NETWORK.ts OUT_FOLDER [MIRRORED_AXIS]
+    python benchmarks/monai_path.py SCAN NETWORK.ts OUT_FOLDER [MIRRORED_AXIS ...]
 
 The network is a TorchScript file (as MONAI bundles ship it), made beforehand by `torch_network`, so that nothing of
 ours is imported and nothing but the user's own work is timed.
@@ -9,6 +9,7 @@ ours is imported and nothing but the user's own work is timed.
 from __future__ import annotations
 
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 def main() -> None:
     """Segment one scan."""
     scan, network_file, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    flips: list[list[int]] = [[], *([2 + "ijk".index(axis)] for axis in sys.argv[4:5])]  # test-time augmentation
+    mirrored_axes = [2 + "ijk".index(axis) for axis in sys.argv[4:]]  # test-time augmentation
+    flips = [list(axes) for size in range(len(mirrored_axes) + 1) for axes in combinations(mirrored_axes, size)]
     network = torch.jit.load(network_file).eval()  # type: ignore[no-untyped-call]
     prepare = Compose([LoadImage(image_only=True), EnsureChannelFirst(), Orientation(axcodes="RAS")])
     image = prepare(scan)

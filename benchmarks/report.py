@@ -132,7 +132,7 @@ def limits(result: Result) -> list[str]:
     ours = statistics.median(run["seconds_per_window"] for run in alone)
     for name, seconds in (("torch eager", eager), ("OpenVINO", ours), ("a matrix product's pace", gmac / peak)):
         rows.append((name, f"{seconds:.2f}", f"{gmac / seconds:.0f}", f"{eager / seconds:.2f}"))
-    head = ("one window in fp32", "s", "GMAC/s", "times faster than torch eager")
+    head = ("a window of a run in fp32", "s", "GMAC/s", "times faster than torch eager")
     told = f"The peak is that of a float32 product of two large matrices in numpy, {peak:.0f} GMAC/s on all cores."
     return ["### What is left to win in fp32", "", told, "", *table(head, rows)]
 

@@ -16,7 +16,6 @@ from dints_deploy.errors import EngineError, UsageError
 from dints_deploy.runtime.engine import (
     COMPILED,
     COMPUTES,
-    FEW_WINDOWS,
     PRECISIONS,
     Engine,
     available_threads,
@@ -34,7 +33,10 @@ Choice = tuple[Engine, list[bytes], str]
 """An engine, the network of each member in the form it takes, and why it was chosen."""
 
 Certified = tuple[str, list[bytes], str]
-"""The same with the engine's name."""
+"""The same with the name of the engine, which is built when the networks are known."""
+
+LONG_RUN: Final = 32
+"""From this many runs of a network on, a last window that computes alone costs less than the others win."""
 
 MOST_LOGITS_BYTES: Final = 64 << 20
 """Of one window, up to which two windows compute at a time: 18 classes over 96 x 96 x 96."""
@@ -75,13 +77,13 @@ def choose_networks(
 
 
 def side_by_side(spec: Entry, windows: int, threads: int) -> int:
-    """Return how many windows of a run compute at a time on a CPU (docs/decisions/0022-two-windows-side-by-side.md).
+    """Return how many windows of a run compute at a time in OpenVINO (docs/decisions/0022-two-windows-side-by-side.md).
 
-    Two, each on half of the threads, wait less for one another's threads than one on all of them does. Few windows want
-    the shortest time of one, and the logits of a hundred classes leave no memory for a second.
+    Two, each on half of the threads, wait less for one another's threads than one on all of them does. The networks of
+    an ensemble do so already, and the logits of a hundred classes leave no memory for a second window.
     """
-    logits_bytes = 4 * spec.outputs * math.prod(spec.window)
-    return 2 if windows > FEW_WINDOWS and threads % 2 == 0 and logits_bytes <= MOST_LOGITS_BYTES else 1
+    small = 4 * spec.outputs * math.prod(spec.window) <= MOST_LOGITS_BYTES
+    return 2 if windows >= LONG_RUN and threads % 2 == 0 and len(spec.members) == 1 and small else 1
 
 
 def _able(precision: str, device: str) -> list[str]:

@@ -162,7 +162,7 @@ def make_form(proof: Proof, window: Sequence[int], target: Target, progress: Pro
         elif target.precision == "int8":
             from dints_deploy.runtime.quantise import to_int8
 
-            typed = to_int8(proof.onnx, proof.windows)
+            typed = to_int8(proof.onnx, proof.windows, plain_norms=target.engine == "openvino")
     except ImportError as error:
         raise UsageError(
             "extra-missing", f"`export --precision {target.precision}` needs the package {error.name}: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, groupby, islice
 from typing import Final
@@ -16,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dints_deploy.errors import EngineError
 from dints_deploy.runtime.blend import Logits
 from dints_deploy.runtime.engine import Batch, Handle, Session, check_output
 from dints_deploy.runtime.pipeline import Seconds
@@ -176,14 +178,19 @@ def _run_ahead(jobs: Iterable[Job], classes: int, seconds: Seconds) -> Iterator[
         upright: Batch = np.flip(check_output(logits, _shape(batch, classes), session.info.engine), flip)
         return upright
 
-    for job in jobs:
-        batch, session, flip = job
-        with seconds.stage("engine"):
-            under_way.append((job, session.submit(np.ascontiguousarray(np.flip(batch, flip)))))
-        if len(under_way) >= session.under_way:
+    try:
+        for job in jobs:
+            batch, session, flip = job
+            with seconds.stage("engine"):
+                under_way.append((job, session.submit(np.ascontiguousarray(np.flip(batch, flip)))))
+            if len(under_way) >= session.under_way:
+                yield finish()
+        while under_way:
             yield finish()
-    while under_way:
-        yield finish()
+    finally:  # a session that stays loaded takes no batch for the next scan while it computes one of this
+        for (_, session, _), handle in under_way:
+            with suppress(EngineError):
+                session.result(handle)
 
 
 def _shape(batch: Batch, classes: int) -> tuple[int, ...]:

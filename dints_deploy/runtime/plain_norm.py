@@ -26,9 +26,11 @@ Constants = Mapping[str, NDArray[Any]]
 def with_plain_norms(model: Any) -> int:
     """Replace the norms of an ONNX model, in place, that are written as partial sums; return how many there were.
 
-    Anything that is not exactly such a norm stays as it is.
+    Anything that is not exactly such a norm stays as it is, and so does a network with branches.
     """
     graph = model.graph
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+        return 0
     made: dict[str, Any] = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     count = 0
@@ -43,7 +45,8 @@ def with_plain_norms(model: Any) -> int:
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values.ravel()), name))
         plain = helper.make_node("InstanceNormalization", [x, *names], [node.output[0]], node.name, epsilon=epsilon)
         graph.node[place].CopyFrom(plain)
-    _drop_unused(graph)
+    if count:
+        _drop_unused(graph)
     return count
 
 
@@ -61,17 +64,22 @@ def _norm(node: Any, made: Maker, constants: Constants) -> tuple[str, NDArray[An
         return None
     if _inputs(made.get(squares), "Mul") != (centred, centred):
         return None
-    return x, constants[weight], constants[bias], float(constants[epsilon])
+    values = constants[weight], constants[bias], constants[epsilon]
+    per_channel = (1, values[0].size, 1, 1, 1)
+    if (values[0].shape, values[1].shape, values[2].size) != (per_channel, per_channel, 1):
+        return None
+    return x, values[0], values[1], values[2].item()
 
 
 def _averaged(name: str, made: Maker, constants: Constants) -> str:
     """Return what a value is the mean of over i, j and k: mean over k, sum over j over its number, mean over i."""
     outer, over_i = _inputs(made.get(name), "ReduceMean")
-    total, _ = _inputs(made.get(outer), "Div")
+    total, number = _inputs(made.get(outer), "Div")
     inner, over_j = _inputs(made.get(total), "ReduceSum")
     source, over_k = _inputs(made.get(inner), "ReduceMean")
     axes = [constants[axis].tolist() if axis in constants else None for axis in (over_k, over_j, over_i)]
-    return source if axes == [[axis] for axis in SPATIAL] else ""
+    divided = number in constants and constants[number].size == 1
+    return source if divided and axes == [[axis] for axis in SPATIAL] else ""
 
 
 def _inputs(node: Any, kind: str) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """INT8 by ONNX Runtime's static quantisation, calibrated on an entry's own real windows.
 
-Convolutions compute on int8; normalisation, resampling and addition stay in fp32, and so do the convolutions at both
-ends of the network, which carry the scan's digits in and the decision out. Weights and activations are symmetric, per
-channel and per tensor, so that OpenVINO, ONNX Runtime and TensorRT all take the same file.
+Convolutions compute on int8; normalisation, resampling and addition stay in floating point, and so do the convolutions
+at both ends of the network, which carry the scan's digits in and the decision out. Weights and activations are
+symmetric, per channel and per tensor, as OpenVINO, ONNX Runtime and TensorRT all take them.
 Nothing leaves the machine: NNCF, the other tool of the trade, reports its use over the network.
 """
 
@@ -33,18 +33,20 @@ fp32 on real windows, and 8.3, 7.7, 7.0, 2.7 and 1.3 % on hostile ones; the file
 CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 
 
-def to_int8(network: bytes, windows: Batch) -> bytes:
+def to_int8(network: bytes, windows: Batch, *, plain_norms: bool = False) -> bytes:
     """Return an ONNX network with QuantizeLinear and DequantizeLinear around its convolutions.
 
     Args:
         network: an fp32 ONNX file with its weights inside.
         windows: real windows (N, C, I, J, K) to calibrate on.
+        plain_norms: write norms that are partial sums as one operator.
 
     Raises:
         EngineError: `engine-failed` when no convolution lies between the ends: it would be fp32 under another name.
     """
     model = onnx.load_from_string(network)
-    with_plain_norms(model)
+    if plain_norms:
+        with_plain_norms(model)
     for number, node in enumerate(model.graph.node):
         node.name = node.name or f"node{number}"  # by which nodes are excluded
     full = end_convolutions(model.graph, FULL_ENDS)

@@ -20,7 +20,7 @@ from dints_deploy.catalog.entry import Entry
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.accepts import check_accepts
 from dints_deploy.runtime.engine import Session, SessionInfo
-from dints_deploy.runtime.memory import Plan, make_plan
+from dints_deploy.runtime.memory import UNDER_WAY, Plan, make_plan
 from dints_deploy.runtime.metrics import volume_ml
 from dints_deploy.runtime.pipeline import Seconds
 from dints_deploy.runtime.postprocess import postprocess
@@ -113,7 +113,8 @@ def segment(
 def _plan(prepared: Prepared, spec: Entry, opened: Opened | None, max_ram_bytes: int | None) -> Plan:
     """Return the plan for the memory there is: first without the networks, then beside them, warmed up."""
     if max_ram_bytes is None:
-        return make_plan(prepared, spec, room_bytes=int(SHARE_OF_AVAILABLE * available_bytes()))
+        room = int(SHARE_OF_AVAILABLE * available_bytes())
+        return make_plan(prepared, spec, room_bytes=room, under_way=UNDER_WAY + 1)
     if opened is None:
         return make_plan(prepared, spec, room_bytes=max_ram_bytes - resident_bytes())
     opened.warm_up(spec)

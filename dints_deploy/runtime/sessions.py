@@ -11,8 +11,8 @@ import numpy as np
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.runtime.certified import choose_networks
-from dints_deploy.runtime.engine import Session
+from dints_deploy.runtime.certified import choose_networks, side_by_side
+from dints_deploy.runtime.engine import Session, available_threads
 from dints_deploy.runtime.infer import mirrors
 from dints_deploy.runtime.rss import resident_bytes
 
@@ -50,7 +50,8 @@ class Opened:
 class WarmSessions:
     """Opened networks by entry and setting. Use it as a context; leaving it drops them.
 
-    A setting of `auto` is decided by the first scan that an entry gets, and kept.
+    A setting of `auto` is decided by the first scan that an entry gets, and kept; long and short runs do not share a
+    network where they would round differently, so a scan's labels are the same whatever came before it.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,8 @@ class WarmSessions:
     ) -> Opened:
         """Return the networks of an entry, loaded now or before; arguments and errors as for `open_sessions`."""
         weights = tuple(entry.digests[member.onnx] for member in entry.spec.members)
-        key = (weights, entry.spec.window, engine, precision, device, threads)
+        at_once = side_by_side(entry.spec, runs_of(entry.spec, windows), threads or available_threads())
+        key = (weights, entry.spec.window, engine, precision, device, threads, at_once)
         if key not in self._opened:
             before, batch = resident_bytes(), windows_per_call(entry.spec.window, device)
             sessions = open_sessions(
@@ -103,6 +105,11 @@ def windows_per_call(window: Sequence[int], device: str) -> int:
     return 1 if device == "cpu" else max(1, CALL_VOXELS // math.prod(window))
 
 
+def runs_of(spec: Entry, windows: int) -> int:
+    """Return how often networks run for so many windows: once per member and mirrored copy."""
+    return windows * len(spec.members) * len(mirrors(spec.tta))
+
+
 def open_sessions(
     entry: LoadedEntry,
     *,
@@ -125,7 +132,7 @@ def open_sessions(
         UsageError, EntryError, EngineError: as for `segment`.
     """
     spec = runnable(entry).spec
-    runs = windows * len(spec.members) * len(mirrors(spec.tta))
+    runs = runs_of(spec, windows)
     chosen, networks, why = choose_networks(
         entry, windows=runs, engine=engine, precision=precision, device=device, threads=threads
     )

@@ -14,9 +14,11 @@ import pytest
 from onnx import helper
 
 from dints_deploy.catalog.catalog import LoadedEntry, load_entry
+from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import DintsError, EngineError
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.process.case import Outcome, Request, finish_case, process_case, read_cases
+from dints_deploy.runtime.certified import side_by_side
 from dints_deploy.runtime.memory import Plan
 from dints_deploy.runtime.rss import resident_bytes
 from dints_deploy.runtime.sessions import WarmSessions
@@ -71,6 +73,34 @@ def test_networks_are_loaded_once_per_entry_and_setting(tiny: LoadedEntry) -> No
         assert warm.open(tiny, windows=500, engine="onnx", threads=1) is first
         assert warm.open(tiny, windows=3, engine="openvino", threads=1) is not first
     assert warm.open(tiny, windows=3, engine="onnx", threads=1) is not first
+
+
+@pytest.mark.parametrize(
+    ("windows", "threads", "changes", "at_once"),
+    [
+        (31, 2, {}, 1),
+        (32, 2, {}, 2),
+        (500, 8, {}, 2),
+        (500, 3, {}, 1),
+        (500, 1, {}, 1),
+        (500, 2, {"ensemble": 2}, 1),
+        (500, 2, {"window": [96, 96, 96], "classes": 18}, 2),
+        (500, 2, {"window": [96, 96, 96], "classes": 19}, 1),
+    ],
+)
+def test_two_windows_of_a_long_run_compute_at_a_time(
+    windows: int, threads: int, changes: dict[str, Any], at_once: int
+) -> None:
+    assert side_by_side(Entry.model_validate(entry_fields(**changes)), windows, threads) == at_once
+
+
+def test_a_long_run_and_a_short_one_share_no_network_where_they_would_round_differently(tmp_path: Path) -> None:
+    alone = load_entry(write_entry(tmp_path / "zoo", entry_fields(), [random_network(0).onnx()]))
+    with WarmSessions() as warm:
+        short, long = (warm.open(alone, windows=n, engine="openvino", threads=2) for n in (1, 500))
+        assert (short.under_way, long.under_way) == (2, 3)
+        assert warm.open(alone, windows=31, engine="openvino", threads=2) is short
+        assert warm.open(alone, windows=32, engine="openvino", threads=2) is long
 
 
 def test_the_number_of_windows_counts_members_and_mirrors_for_the_choice_of_engine(tiny: LoadedEntry) -> None:

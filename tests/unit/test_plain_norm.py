@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from dints_deploy.runtime.plain_norm import with_plain_norms
+from dints_deploy.runtime.quantise import to_int8
 from dints_search.export import to_onnx
 from dints_search.network import DiNTSNetwork
 from dints_search.space import SearchSpace, sample_genotype
@@ -73,3 +74,21 @@ def test_other_arithmetic_is_no_norm(exported: bytes, kind: str) -> None:
         if node.op_type == kind:
             node.op_type = "Add" if kind == "Sub" else "Abs"
     assert with_plain_norms(changed) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (4, 1, 1, 1)])
+def test_other_weights_than_one_for_each_channel_make_no_norm(exported: bytes, shape: tuple[int, ...]) -> None:
+    changed = onnx.load_from_string(exported)
+    weights = {name for node in changed.graph.node if node.op_type == "Add" for name in node.input if "bias" in name}
+    for tensor in changed.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(np.ones(shape, np.float32), tensor.name))
+    assert weights
+    assert with_plain_norms(changed) == 0
+
+
+def test_an_int8_form_has_plain_norms_where_they_are_asked_for(exported: bytes) -> None:
+    windows = np.random.default_rng(1).normal(3, 2, (1, 1, *WINDOW)).astype(np.float32)
+    plain, written_out = (onnx.load_from_string(to_int8(exported, windows, plain_norms=p)) for p in (True, False))
+    assert "Sqrt" not in operators(plain)
+    assert "Sqrt" in operators(written_out)

@@ -52,12 +52,13 @@ class Counting:
     """A session that keeps its batches, and fails where it is told to."""
 
     info = SessionInfo("slopes", "1", "cpu", "fp32", "a test")
-    under_way = 2
 
-    def __init__(self, network: Slopes, *, fail_at: int | None = None) -> None:
+    def __init__(self, network: Slopes, *, fail_at: int | None = None, under_way: int = 2) -> None:
         self.network = network
         self.batches: list[Batch] = []
         self.fail_at = fail_at
+        self.under_way = under_way
+        self.waited = 0
 
     def submit(self, batch: Batch) -> Handle:
         """Keep the batch."""
@@ -68,6 +69,7 @@ class Counting:
 
     def result(self, handle: Handle) -> Batch:
         """Compute now."""
+        self.waited += 1
         return self.network.logits(handle)
 
     def memory_bytes(self) -> int:
@@ -109,14 +111,15 @@ def labels_of(result: Segmentation) -> NDArray[Any]:
     WINDOWS,
     st.sampled_from([0.0, 0.25, 0.5]),
     st.integers(1, 3),
+    st.integers(1, 3),
 )
 def test_labels_are_those_of_the_plain_sliding_window(
-    scan: Volume, spacing: Any, window: Shape, overlap: float, batch: int
+    scan: Volume, spacing: Any, window: Shape, overlap: float, batch: int, under_way: int
 ) -> None:
     spec = entry(2, window=window, overlap=overlap, spacing=spacing)
     prepared = prepare(scan, spec.preparation)
     network = Slopes(3, 1)
-    result = run(prepared, spec, [Counting(network)], batch=batch)
+    result = run(prepared, spec, [Counting(network, under_way=under_way)], batch=batch)
     assert result.labels.grid.same_as(scan.grid)
     expected = plain_logits(prepared, spec, network)
     # restore has its own test against the naive way: here it gets one slab that holds everything
@@ -273,6 +276,15 @@ def test_an_engine_that_fails_in_the_middle_ends_the_run_with_its_own_error() ->
     prepared = prepare(noise((30, 30, 30), np.eye(4)), spec.preparation)
     with pytest.raises(EngineError, match="found the end"):
         run(prepared, spec, [Counting(Slopes(3), fail_at=7)])
+
+
+def test_a_run_that_fails_leaves_no_batch_under_way_in_a_network_that_stays_loaded() -> None:
+    spec = entry(2, window=(8, 8, 8))
+    prepared = prepare(noise((30, 30, 30), np.eye(4)), spec.preparation)
+    session = Counting(Slopes(3), fail_at=7, under_way=3)
+    with pytest.raises(EngineError):
+        run(prepared, spec, [session])
+    assert session.waited == len(session.batches) == 7
 
 
 def test_progress_counts_every_window_once() -> None:
