@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.arms import Record, read_record
+from benchmarks.arms import TOLERANCE, Record, read_record
 from benchmarks.bootstrap import LEVEL, RESAMPLES, Interval, paired_interval
 from benchmarks.machine import ROOT
 from dints_deploy.files import write_text
@@ -33,7 +33,8 @@ Made by `python -m benchmarks.results` from `docs/results/*.json`; do not edit.
 Searched networks and random ones of about the same work are retrained alike and measured on the validation part of the
 fold, which no search, no training and no choice has seen. Random networks are uniform over the feasible topologies and
 over the operations of their active edges, given that their multiply-adds are within 5 % of the network found at sigma
-0.5. Small searches of small networks on one task: they say what is said here and no more. Research use only.
+0.5: other sigmas find networks of another size, which say less about the search. Small searches of small networks on
+one task: they say what is said here and no more. Research use only.
 """
 
 Groups = dict[str, list[Record]]
@@ -110,26 +111,43 @@ def compare(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval:
 
 
 def verdict(groups: Groups) -> str:
-    """Say what the intervals say, in words."""
+    """Say what the intervals say, in words: of the searched networks with the random ones' work, then of the others."""
     searched = {name: found for name, found in groups.items() if found[0].kind == "searched"}
     drawn = [record for found in groups.values() for record in found if record.kind == "random"]
     if not searched or not drawn:
         return "Nothing can be said yet: it takes searched and random networks.\n"
-    intervals = {name: compare(found, drawn) for name, found in searched.items()}
-    said = {kind: [n for n, i in intervals.items() if i.verdict == kind] for kind in ("better", "worse")}
+    verdicts = {name: compare(found, drawn).verdict for name, found in searched.items()}
+    work = fmean(record.cost["gmac"] for record in drawn)
+    shares = {name: found[0].cost["gmac"] / work for name, found in searched.items()}
+    alike = {name: said for name, said in verdicts.items() if abs(shares[name] - 1) <= 2 * TOLERANCE}
+    parts = [_verdict_of_equals(alike)] if alike else []
+    parts += [
+        f"{name}, with {shares[name]:.2f} times the work: {said}."
+        for name, said in verdicts.items()
+        if name not in alike
+    ]
     means = [fmean(case_scores(record).values()) for record in drawn]
-    spread = f"The random networks differ among themselves by {max(means) - min(means):.4f}."
+    parts.append(f"The random networks differ among themselves by {max(means) - min(means):.4f}.")
+    parts.append("The intervals resample cases only: with few networks of each kind they understate what is not known.")
+    return " ".join(parts) + "\n"
+
+
+def _verdict_of_equals(verdicts: dict[str, str]) -> str:
+    """Say what holds for searched networks with about the work of the random ones."""
+    said = {kind: [name for name, found in verdicts.items() if found == kind] for kind in ("better", "worse")}
     if not said["better"] and not said["worse"]:
-        line = "**No difference**: no searched network differs from the random ones by more than chance explains."
-    elif not said["worse"] and len(said["better"]) == len(searched):
-        line = "**Search beats chance** here: every searched network is better than the random ones."
-    elif not said["better"] and len(said["worse"]) == len(searched):
-        line = "**Search does worse than chance** here: every searched network is worse than the random ones."
-    else:
-        parts = [f"{', '.join(names)} {kind}" for kind, names in said.items() if names]
-        line = f"**Mixed**: {'; '.join(parts)} than the random ones, the others no different."
-    limits = "The intervals resample cases only: with few networks of each kind they understate what is not known."
-    return f"{line} {spread} {limits}\n"
+        return f"**No difference**: {_named(verdicts)} no different from the random ones beyond what chance explains."
+    if len(said["better"]) == len(verdicts):
+        return f"**Search beats chance** here: {_named(verdicts)} better than the random ones."
+    if len(said["worse"]) == len(verdicts):
+        return f"**Search does worse than chance** here: {_named(verdicts)} worse than the random ones."
+    parts = [f"{', '.join(names)} {kind}" for kind, names in said.items() if names]
+    return f"**Mixed**: {'; '.join(parts)} than the random ones, the others no different."
+
+
+def _named(names: Iterable[str]) -> str:
+    listed = list(names)
+    return f"{', '.join(listed)} {'is' if len(listed) == 1 else 'are'}"
 
 
 def _setting(records: Sequence[Record]) -> str:

@@ -18,7 +18,7 @@ from dints_search.space import SearchSpace, sample_genotype
 CASES = [f"case_{n:02}" for n in range(40)]
 
 
-def record(kind: str, figure: float, dice: list[float], *, seed: int = 0) -> Record:
+def record(kind: str, figure: float, dice: list[float], *, seed: int = 0, gmac: float = 1.4546) -> Record:
     """Return a record of two labels that both have these Dice values."""
     scores = {c: {label: {"dice": d, "nsd": d} for label in ("1", "2")} for c, d in zip(CASES, dice, strict=True)}
     mean = sum(dice) / len(dice)
@@ -40,7 +40,7 @@ def record(kind: str, figure: float, dice: list[float], *, seed: int = 0) -> Rec
             "retraining": {"steps": 9, "batch": 2, "channel_multiplier": 0.25, "precision": "bf16"},
         },
         "genotype": json.loads(sample_genotype(SearchSpace(2, 2), random.Random(1)).to_json()),
-        "cost": {"parameters": 9684779.0, "gmac": 1.4546, "saved_mib": 35.99},
+        "cost": {"parameters": 9684779.0, "gmac": gmac, "saved_mib": 35.99},
         "draws": None if kind == "searched" else 3,
         "search_s": 90.0 if kind == "searched" else None,
         "retrain_s": 600.0,
@@ -96,6 +96,15 @@ def test_the_verdict_is_what_the_intervals_say(means: tuple[float, float], expec
     said = verdict(grouped([*searched, *drawn]))
     assert said.startswith(expected)
     assert "differ among themselves by 0.0200" in said
+
+
+def test_a_network_of_another_size_is_no_proof_for_or_against_the_search() -> None:
+    small = record("searched", 0.2, around(0.80, 1), gmac=0.5)
+    drawn = record("random", 0, around(0.85, 2))
+    said = verdict(grouped([small, record("searched", 0.5, around(0.87, 3)), drawn]))
+    assert said.startswith("**Search beats chance** here: sigma-0.5 is better than the random ones. ")
+    assert "sigma-0.2, with 0.34 times the work: worse." in said
+    assert verdict(grouped([small, drawn])).startswith("sigma-0.2, with 0.34 times the work: worse.")
 
 
 def test_seeds_of_one_network_are_averaged_before_they_are_compared() -> None:
