@@ -121,6 +121,9 @@ def verdict(groups: Groups) -> str:
     shares = {name: found[0].cost["gmac"] / work for name, found in searched.items()}
     alike = {name: said for name, said in verdicts.items() if abs(shares[name] - 1) <= 2 * TOLERANCE}
     parts = [_verdict_of_equals(alike)] if alike else []
+    better = [name for name, said in alike.items() if said == "better"]
+    if equals := [name for name in groups if groups[name][0].kind == "random" and _matches(groups, name, better)]:
+        parts.append(f"Not every draw is beaten: {_named(equals)} no worse.")
     parts += [
         f"{name}, with {shares[name]:.2f} times the work: {said}."
         for name, said in verdicts.items()
@@ -138,11 +141,16 @@ def _verdict_of_equals(verdicts: dict[str, str]) -> str:
     if not said["better"] and not said["worse"]:
         return f"**No difference**: {_named(verdicts)} no different from the random ones beyond what chance explains."
     if len(said["better"]) == len(verdicts):
-        return f"**Search beats chance** here: {_named(verdicts)} better than the random ones."
+        return f"**Search beats chance** here: {_named(verdicts)} better than the random ones together."
     if len(said["worse"]) == len(verdicts):
         return f"**Search does worse than chance** here: {_named(verdicts)} worse than the random ones."
     parts = [f"{', '.join(names)} {kind}" for kind, names in said.items() if names]
     return f"**Mixed**: {'; '.join(parts)} than the random ones, the others no different."
+
+
+def _matches(groups: Groups, drawn: str, searched: Iterable[str]) -> bool:
+    """Say whether a random network is as good as a searched one that is better than the random ones together."""
+    return any(compare(groups[name], groups[drawn]).verdict != "better" for name in searched)
 
 
 def _named(names: Iterable[str]) -> str:

@@ -98,11 +98,18 @@ def test_the_verdict_is_what_the_intervals_say(means: tuple[float, float], expec
     assert "differ among themselves by 0.0200" in said
 
 
+def test_a_draw_that_is_as_good_as_the_searched_network_is_named() -> None:
+    drawn = [record("random", n, around(mean, n)) for n, mean in enumerate((0.87, 0.83, 0.84))]
+    said = verdict(grouped([record("searched", 0.5, around(0.87, 0)), *drawn]))
+    assert said.startswith("**Search beats chance**")
+    assert "Not every draw is beaten: random-0 is no worse." in said
+
+
 def test_a_network_of_another_size_is_no_proof_for_or_against_the_search() -> None:
     small = record("searched", 0.2, around(0.80, 1), gmac=0.5)
     drawn = record("random", 0, around(0.85, 2))
     said = verdict(grouped([small, record("searched", 0.5, around(0.87, 3)), drawn]))
-    assert said.startswith("**Search beats chance** here: sigma-0.5 is better than the random ones. ")
+    assert said.startswith("**Search beats chance** here: sigma-0.5 is better than the random ones together. ")
     assert "sigma-0.2, with 0.34 times the work: worse." in said
     assert verdict(grouped([small, drawn])).startswith("sigma-0.2, with 0.34 times the work: worse.")
 
