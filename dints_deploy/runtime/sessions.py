@@ -50,8 +50,8 @@ class Opened:
 class WarmSessions:
     """Opened networks by entry and setting. Use it as a context; leaving it drops them.
 
-    A setting of `auto` is decided by the first scan that an entry gets, and kept; long and short runs do not share a
-    network where they would round differently, so a scan's labels are the same whatever came before it.
+    A setting of `auto` is decided by the first scan that an entry gets, and kept; but runs whose windows OpenVINO
+    computes side by side do not share a network with those whose windows it computes alone: these round differently.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,9 @@ class WarmSessions:
     ) -> Opened:
         """Return the networks of an entry, loaded now or before; arguments and errors as for `open_sessions`."""
         weights = tuple(entry.digests[member.onnx] for member in entry.spec.members)
-        at_once = side_by_side(entry.spec, runs_of(entry.spec, windows), threads or available_threads())
+        at_once = 1  # of engines other than OpenVINO, which long and short runs share
+        if device == "cpu" and engine in ("auto", "openvino"):
+            at_once = side_by_side(entry.spec, runs_of(entry.spec, windows), threads or available_threads())
         key = (weights, entry.spec.window, engine, precision, device, threads, at_once)
         if key not in self._opened:
             before, batch = resident_bytes(), windows_per_call(entry.spec.window, device)

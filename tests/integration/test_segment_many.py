@@ -101,6 +101,8 @@ def test_a_long_run_and_a_short_one_share_no_network_where_they_would_round_diff
         assert (short.under_way, long.under_way) == (2, 3)
         assert warm.open(alone, windows=31, engine="openvino", threads=2) is short
         assert warm.open(alone, windows=32, engine="openvino", threads=2) is long
+        first = warm.open(alone, windows=1, engine="onnx", threads=2)
+        assert warm.open(alone, windows=500, engine="onnx", threads=2) is first
 
 
 def test_the_number_of_windows_counts_members_and_mirrors_for_the_choice_of_engine(tiny: LoadedEntry) -> None:
