@@ -6,6 +6,8 @@ hand every exception to the caller, and leave no thread running, whichever side 
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Queue
 from threading import Event
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -43,8 +46,13 @@ def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
 def behind(work: Callable[[Iterator[T]], R], items: Iterable[T], depth: int = 1) -> R:
     """Return `work(items)`, run in another thread while this one makes the items; at most `depth` of them wait.
 
-    An exception of `items` goes before one of `work`, which is only its consequence.
+    An exception of `items` goes before one of `work`, which is only its consequence. Ctrl-C comes between two items.
     """
+    with interrupts_held() as let_through:
+        return _behind(work, _each_then(items, let_through), depth)
+
+
+def _behind(work: Callable[[Iterator[T]], R], items: Iterable[T], depth: int) -> R:
     handed: Queue[T] = Queue(depth)
     taken = iter(handed.get, END)
     stopped = Event()
@@ -67,6 +75,45 @@ def behind(work: Callable[[Iterator[T]], R], items: Iterable[T], depth: int = 1)
         finally:
             handed.put(END)
         return result.result()
+
+
+def _each_then(items: Iterable[T], then: Callable[[], None]) -> Iterator[T]:
+    """Yield the items; call `then` before each."""
+    for item in items:
+        then()
+        yield item
+        del item
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back in this block; yield the function that raises it where it may come.
+
+    Python raises it anywhere in the main thread, also in the middle of starting a thread or of telling it to end: that
+    thread would wait for ever, and the process with it. A second Ctrl-C comes at once. Nothing is held in other
+    threads, which get none, or where the program handles it in its own way.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: None
+        return
+    came = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def let_through() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield let_through
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    let_through()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -101,6 +102,43 @@ def test_an_interrupt_while_waiting_ends_both_threads() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         behind(list, ahead(interrupted()))
+
+
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """As a terminal's programs have it: what is started in the background ignores Ctrl-C, the tests perhaps."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("times", "made"), [(1, [0, 1, 2]), (2, [0, 1])])
+def test_ctrl_c_waits_for_the_item_under_way_and_a_second_one_does_not(
+    times: int, made: list[int], default_interrupt: None
+) -> None:
+    found = []
+
+    def items() -> Iterator[int]:
+        for n in range(5):
+            if n == 2:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            found.append(n)
+            yield n
+
+    with pytest.raises(KeyboardInterrupt):
+        behind(list, items())
+    assert found == made
+
+
+def test_ctrl_c_after_the_last_item_still_comes(default_interrupt: None) -> None:
+    def work(items: Iterator[int]) -> None:
+        for _ in items:
+            pass
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        behind(work, iter(range(3)))
 
 
 def test_busy_time_of_each_stage_is_added_up() -> None:
