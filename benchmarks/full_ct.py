@@ -29,7 +29,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from benchmarks.machine import ROOT, read, write
+from benchmarks.machine import ROOT, commit, read, write
 from benchmarks.made import make_ct, make_eighth, make_entry
 
 OVERLAP, CLASSES = 0.25, 3
@@ -58,7 +58,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in chosen:
             run = timed(commands[name], work, one_thread=options.cpu)
-            run["agreement"] = agreement(work, options.part, name)
+            run |= {"agreement": agreement(work, options.part, name), "commit": commit()}
             result = read(where) or {"title": title, "runs": {"whole": {}, "eighth": {}}}
             result["runs"][options.part].setdefault(name, []).append(run)
             print(options.part, name, json.dumps(run), flush=True)

@@ -19,14 +19,19 @@ def description() -> dict[str, Any]:
         (line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.processor()
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory, 1),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Return the commit that is measured; a run carries it where its file gathers runs of several calls."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def read(name: str) -> dict[str, Any] | None:

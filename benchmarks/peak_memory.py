@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, read, write
+from benchmarks.machine import ROOT, commit, read, write
 from benchmarks.made import make_entry, make_noise
 
 GIB = 1 << 30
@@ -52,6 +52,7 @@ def main() -> None:
                 continue
             run = watched(command, work, int(options.peer_limit_gib * GIB) if name == MONAI else None)
             run |= {"contender": name, "classes": classes, "window": window, "shape": list(shape)}
+            run["commit"] = commit()
             run["labels_sha256"] = digest(labels_path(work, classes, name)) if run["fits"] else None
             print(json.dumps(run), flush=True)
             result = read("peak_memory") or {"title": TITLE, "runs": []}  # now: another call may have added to it
