@@ -28,7 +28,7 @@ $scores
   No choice was made on the other cases of the fold, which the scores above are measured on.
 - $members of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
   $gmac GMAC for a window of $window voxels.
-- $steps steps of $batch patches each, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
+- $steps steps of $batch, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
   The weights are the running average (EMA $ema) after the last step.
 - Code of the training: commit `$commit`.
 - Exported to ONNX; the largest difference of a logit to torch, over both CPU engines, is $parity (`parity.json`).
@@ -80,7 +80,7 @@ def write_card(
         gmac=f"{size[1]:.2f}",
         window=" x ".join(str(n) for n in spec.window),
         steps=retraining.steps,
-        batch=retraining.batch,
+        batch=_batch(config),
         rate=f"{retraining.learning_rate:g}",
         precision=retraining.precision,
         seed=", ".join(str(c.seed) for c in configs),
@@ -102,10 +102,19 @@ def _runs(name: str, configs: list[RunConfig]) -> list[str]:
 def _retrain(name: str, config: RunConfig, run: str) -> str:
     """Return the command that trains a member again."""
     entry, data = f"zoo/{name}", config.recipe.task
+    alone = config.processes == 1
+    program = "dints-deploy" if alone else f"torchrun --nproc-per-node {config.processes} -m dints_deploy"
     return (
-        f"dints-deploy retrain --genotype {entry}/genotype.json --task {entry}/{RECIPE_FILE} --data {data} \\\n"
+        f"{program} retrain --genotype {entry}/genotype.json --task {entry}/{RECIPE_FILE} --data {data} \\\n"
         f"    --fold {config.fold} --seed {config.seed} --out {run}"
     )
+
+
+def _batch(config: RunConfig) -> str:
+    """Say how many patches a step takes, of all processes together."""
+    each = config.recipe.retraining.batch
+    shared = f" ({each} in each of {config.processes} processes)" if config.processes > 1 else ""
+    return f"{each * config.processes} patches{shared}"
 
 
 def _scores(spec: Entry, metrics: dict[str, Any]) -> str:

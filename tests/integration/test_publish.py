@@ -33,7 +33,7 @@ from dints_search.evaluate import entry_of
 from dints_search.export import Exported, export_network, real_windows
 from dints_search.plan import UNSAID
 from dints_search.recipe import read_recipe
-from dints_search.run import trained_network
+from dints_search.run import RunConfig, trained_network
 from tests.tiny_entry import Said, run_cli, scan_file
 from tests.tiny_task import write_description, write_genotype, write_recipe, write_task
 
@@ -332,15 +332,28 @@ def test_what_cannot_be_published_is_refused_and_leaves_nothing(place: Path) -> 
     assert sorted(path.name for path in (place / "out").rglob("*")) == before
 
 
+def card_of(place: Path, config: RunConfig, written: dict[str, Any]) -> str:
+    """Return the card that a run of these figures would get."""
+    parity = Certificate.model_validate_json((place / "out" / "balls" / "parity.json").read_text())
+    nothing = np.zeros((0, 1, 12, 12, 12), np.float32)
+    exported = Exported(b"", nothing, nothing, parity.comparisons)
+    return write_card(entry_of([config], "balls"), [config], written, [exported], (1, 1.0))
+
+
 def test_a_structure_that_is_in_no_case_has_a_dash_on_the_card(place: Path) -> None:
     config, _ = trained_network(place / "run0")
     written = metrics(place)
     written["summary"]["labels"]["2"] = {"dice": None, "nsd": None, "left_out": 2}
-    parity = Certificate.model_validate_json((place / "out" / "balls" / "parity.json").read_text())
-    nothing = np.zeros((0, 1, 12, 12, 12), np.float32)
-    exported = Exported(b"", nothing, nothing, parity.comparisons)
-    card = write_card(entry_of([config], "balls"), [config], written, [exported], (1, 1.0))
-    assert "| Part 2 | - | - | 1 mm |" in card
+    assert "| Part 2 | - | - | 1 mm |" in card_of(place, config, written)
+
+
+def test_the_card_of_a_run_of_two_processes_counts_the_patches_of_both_and_repeats_it_in_two(place: Path) -> None:
+    config, _ = trained_network(place / "run0")
+    config = config.model_copy(update={"processes": 2})
+    each = config.recipe.retraining.batch
+    card = card_of(place, config, metrics(place))
+    assert f"steps of {2 * each} patches ({each} in each of 2 processes), AdamW" in card
+    assert "torchrun --nproc-per-node 2 -m dints_deploy retrain --genotype" in card
 
 
 def test_a_case_without_any_label_still_gives_a_parity_window(place: Path, tmp_path: Path) -> None:
