@@ -24,8 +24,9 @@ MADE = "Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; 
 PAGES: Final = {
     "performance": f"""# Performance
 
-{MADE} Every table is of runs whose
-contenders took turns on one machine, so the ratios count, not the seconds.
+{MADE} The ratios count, not the
+seconds. Contenders took turns on one machine, but for the whole CT and the peaks of memory: these are one run each,
+gathered over the commits that are named, on one kind of machine.
 """,
     "dicom-measured": f"""# DICOM, measured
 

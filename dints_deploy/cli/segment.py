@@ -23,13 +23,15 @@ from dints_deploy.cli.console import (
     say_json,
     say_note,
 )
-from dints_deploy.errors import DintsError, EntryError, ScanRefused, UsageError
+from dints_deploy.errors import DintsError, EngineError, EntryError, ScanRefused, UsageError
 from dints_deploy.process.case import Outcome, ReadCase, Request, finish_case, read_cases
 from dints_deploy.process.outputs import check_formats
+from dints_deploy.runtime.engine import check_engine
 from dints_deploy.runtime.memory import Plan
 from dints_deploy.runtime.sessions import WarmSessions
 
 EXIT_FAILED: Final = 1
+NO_ROOM: Final = "expected room for this scan, found the memory full: free some, or set a limit with --max-ram"
 UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -50,7 +52,7 @@ def segment_command(
     channel: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE or NAME=FOLDER, once per channel of one case, instead of SCAN.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="auto, openvino, onnx or tensorrt.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, openvino, onnx, onnx-trt or tensorrt.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     to: Annotated[
@@ -76,6 +78,7 @@ def segment_command(
         cases = plan_cases(scans or [], channel or [], output)
         formats = tuple(part.strip() for part in to.split(",") if part.strip())
         check_formats(formats)
+        check_engine(engine, device)
         settings: dict[str, Any] = {
             "formats": formats,
             "engine": engine,
@@ -136,12 +139,19 @@ def _run(
     try:
         with read, progress(case.name) as report:
             outcome = finish_case(read, entries.load, warm=warm, planned=_tell_price(case), progress=report)
-    except DintsError as error:
+    except (DintsError, MemoryError) as fault:
+        error = fault if isinstance(fault, DintsError) else EngineError("engine-memory", NO_ROOM)
         say_error(error, case.name)
-        return error
+        return _alone(error)
     if not quiet:
         _show(case, outcome)
     return outcome
+
+
+def _alone(error: DintsError) -> DintsError:
+    """Return the error without the frames it came through: they hold the scan, and other scans follow."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _tell_price(case: PlannedCase) -> Callable[[Plan], None]:

@@ -86,7 +86,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class ReadCase:
-    """A case that has been read, or the reason why it could not be. A context: it removes what a zip unpacked to.
+    """A case that has been read, or the reason why it could not be. A context: it drops the scan and unpacked files.
 
     Attributes:
         request: what to do with it.
@@ -105,6 +105,7 @@ class ReadCase:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.studies, self.found = {}, None  # the scan is large, and a batch goes on
         self.resources.close()
 
 

@@ -66,9 +66,9 @@ def choose_networks(
     at_once = side_by_side(runnable(entry).spec, windows, threads)
     chosen, why = choose_engine(engine, windows=windows, device=device, threads=threads, at_once=at_once)
     if precision == "fp32" and engine not in COMPILED:
-        certified = _plan_if_any(entry, device) if engine == "auto" and device != "cpu" else None
-        if certified is None:
-            return chosen, [entry.member_bytes(member) for member in runnable(entry).spec.members], why
+        certified = _plan_if_any(entry, device) if engine == "auto" and device != "cpu" else ""
+        if isinstance(certified, str):
+            return chosen, [entry.member_bytes(member) for member in runnable(entry).spec.members], why + certified
     else:
         names = [engine] if engine != "auto" else _able(precision, device)
         certified = _fastest(entry, names, precision, device, asked=engine != "auto")
@@ -99,13 +99,13 @@ def _able(precision: str, device: str) -> list[str]:
     return able
 
 
-def _plan_if_any(entry: LoadedEntry, device: str) -> Certified | None:
-    """Return the compiled fp32 plan of a GPU where there is a valid one."""
+def _plan_if_any(entry: LoadedEntry, device: str) -> Certified | str:
+    """Return the compiled fp32 plan of a GPU; where there is none that may be used, why not, if one was there."""
     try:
         names = [name for name in _able("fp32", device) if name in COMPILED]
-        return _fastest(entry, names, "fp32", device, asked=False) if names else None
-    except EngineError:
-        return None
+        return _fastest(entry, names, "fp32", device, asked=False) if names else ""
+    except EngineError as refusal:
+        return "" if refusal.code == "no-certificate" else f"; a plan was left aside: {refusal.message}"
 
 
 def _fastest(entry: LoadedEntry, names: list[str], precision: str, device: str, *, asked: bool) -> Certified:

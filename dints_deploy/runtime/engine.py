@@ -116,6 +116,9 @@ FIX: Final = {
     "tensorrt": "pip install 'dints-deploy[gpu]' on a machine with an NVIDIA GPU",
 }
 
+MOST_PER_CALL: Final = 4
+"""Windows of one call at most: plans for TensorRT are made for as many."""
+
 FEW_WINDOWS: Final = 4
 """Up to this many windows a quicker start outweighs a quicker network (benchmarks/cold_start.py)."""
 
@@ -135,6 +138,19 @@ def choose_engine(
     Raises:
         UsageError: the name or device is unknown. EngineError: `engine-missing`.
     """
+    check_engine(name, device)
+    chosen, why = choose_name(name, windows, device)
+    if not installed(chosen):
+        raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
+    return build_engine(chosen, device, threads or available_threads(), at_once=at_once), why
+
+
+def check_engine(name: str, device: str) -> None:
+    """Refuse an engine or a device that there is not, or not together.
+
+    Raises:
+        UsageError: `usage`.
+    """
     if name not in ("auto", *PACKAGES):
         raise UsageError("usage", f"expected an engine of auto, {', '.join(PACKAGES)}, found {name!r}")
     if re.fullmatch(r"cpu|cuda:[0-9]+", device) is None:
@@ -143,10 +159,6 @@ def choose_engine(
         raise UsageError("usage", f"expected the device cpu for openvino, found {device!r}: choose the engine onnx")
     if name in COMPILED and device == "cpu":
         raise UsageError("usage", f"expected a GPU for {name}, found the device cpu: add --device cuda:0")
-    chosen, why = (name, "asked for") if name != "auto" else _choose(windows, device)
-    if not installed(chosen):
-        raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
-    return build_engine(chosen, device, threads or available_threads(), at_once=at_once), why
 
 
 def installed(engine: str) -> bool:
@@ -159,7 +171,10 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _choose(windows: int, device: str) -> tuple[str, str]:
+def choose_name(name: str, windows: int, device: str) -> tuple[str, str]:
+    """Return the engine that a name stands for, and why; another name than `auto` stands for itself."""
+    if name != "auto":
+        return name, "asked for"
     if device != "cpu":
         return "onnx", "the engine for CUDA devices"
     if installed("openvino") and installed("onnx"):

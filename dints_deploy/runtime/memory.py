@@ -41,6 +41,10 @@ LABEL_COPIES: Final = 4
 """Of the label map while it is written and read back: the file, packed, unpacked, as an array."""
 
 
+PARTS_BYTES: Final = 10
+"""Of each voxel while the largest part of a label is looked for: masks, the parts' numbers, the result."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a run goes. Axes are in the order of the sweep.
@@ -141,14 +145,16 @@ def _peak_bytes(swept: Prepared, spec: Entry, window: Sequence[int], windows_hel
     deciding = 6 * max(BLOCK_BYTES, FLOAT_BYTES * plane)
     cutting = 6 * max(PIECE_BYTES, FLOAT_BYTES * channels * read)
     largest = label_dtype(max(label.value for label in spec.labels))
-    labels = math.prod(swept.oriented.shape) * int(largest.itemsize)
+    whole = math.prod(swept.oriented.shape)
+    labels = whole * int(largest.itemsize)
+    after = max(LABEL_COPIES * labels, PARTS_BYTES * whole if spec.postprocess.keep_largest else 0)
     sweeping = FLOAT_BYTES * (logits + planes + windows) + deciding + cutting
-    return int(MARGIN * (labels + max(sweeping, LABEL_COPIES * labels)) + SLACK_BYTES)
+    return int(MARGIN * (labels + max(sweeping, after)) + SLACK_BYTES)
 
 
 def _too_little(needed: int, room: int) -> EngineError:
     return EngineError(
         "memory-limit",
         f"expected {needed / 2**30:.2f} GiB for this scan in the smallest blocks, found {max(0, room) / 2**30:.2f} GiB "
-        "beside what is loaded: raise --max-ram",
+        "beside what is loaded: raise --max-ram, where one is set, or free memory",
     )

@@ -73,8 +73,17 @@ def _behind(work: Callable[[Iterator[T]], R], items: Iterable[T], depth: int) ->
                 handed.put(item)
                 del item
         finally:
-            handed.put(END)
+            _put_end(handed)
         return result.result()
+
+
+def _put_end(handed: Queue[Any]) -> None:
+    """Tell that no item comes any more, whatever interrupts it: the thread behind would wait for ever."""
+    while True:
+        try:
+            return handed.put(END)
+        except KeyboardInterrupt:  # a second one: the first is on its way already
+            continue
 
 
 def _each_then(items: Iterable[T], then: Callable[[], None]) -> Iterator[T]:
@@ -111,6 +120,9 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGINT, hold)
     try:
         yield let_through
+    except Exception:
+        let_through()  # it goes before an error, after which a batch would go on
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     let_through()

@@ -35,6 +35,8 @@ def keep_largest(data: NDArray[Any], value: int) -> NDArray[Any]:
     parts, count = label(data == value, structure=np.ones((3, 3, 3)))
     if count < 2:
         return data
-    sizes = np.bincount(parts.ravel())
+    sizes = np.zeros(count + 1, np.int64)
+    for plane in parts:  # counting copies to int64: not all at once
+        sizes += np.bincount(plane.ravel(), minlength=count + 1)
     sizes[0] = 0
     return np.where((parts > 0) & (parts != sizes.argmax()), data.dtype.type(0), data)

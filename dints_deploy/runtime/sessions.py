@@ -12,7 +12,7 @@ import numpy as np
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.runtime.certified import choose_networks, side_by_side
-from dints_deploy.runtime.engine import Session, available_threads
+from dints_deploy.runtime.engine import MOST_PER_CALL, Session, available_threads, choose_name
 from dints_deploy.runtime.infer import mirrors
 from dints_deploy.runtime.rss import resident_bytes
 
@@ -50,8 +50,8 @@ class Opened:
 class WarmSessions:
     """Opened networks by entry and setting. Use it as a context; leaving it drops them.
 
-    A setting of `auto` is decided by the first scan that an entry gets, and kept; but runs whose windows OpenVINO
-    computes side by side do not share a network with those whose windows it computes alone: these round differently.
+    What a scan gets does not depend on the scans before it: short runs, whose `auto` is another engine, and long ones,
+    whose windows OpenVINO computes side by side, share no network, as these round differently.
     """
 
     def __init__(self) -> None:
@@ -79,10 +79,12 @@ class WarmSessions:
     ) -> Opened:
         """Return the networks of an entry, loaded now or before; arguments and errors as for `open_sessions`."""
         weights = tuple(entry.digests[member.onnx] for member in entry.spec.members)
+        runs = runs_of(entry.spec, windows)
         at_once = 1  # of engines other than OpenVINO, which long and short runs share
-        if device == "cpu" and engine in ("auto", "openvino"):
-            at_once = side_by_side(entry.spec, runs_of(entry.spec, windows), threads or available_threads())
-        key = (weights, entry.spec.window, engine, precision, device, threads, at_once)
+        name = choose_name(engine, runs, device)[0] if precision == "fp32" else engine
+        if device == "cpu" and name in ("auto", "openvino"):
+            at_once = side_by_side(entry.spec, runs, threads or available_threads())
+        key = (weights, entry.spec.window, engine, name, precision, device, threads, at_once)
         if key not in self._opened:
             before, batch = resident_bytes(), windows_per_call(entry.spec.window, device)
             sessions = open_sessions(
@@ -104,7 +106,7 @@ def windows_per_call(window: Sequence[int], device: str) -> int:
 
     One on a CPU: from 16 x 16 x 16 voxels up, more in one call took as long each (docs/decisions: one window per call).
     """
-    return 1 if device == "cpu" else max(1, CALL_VOXELS // math.prod(window))
+    return 1 if device == "cpu" else min(MOST_PER_CALL, max(1, CALL_VOXELS // math.prod(window)))
 
 
 def runs_of(spec: Entry, windows: int) -> int:

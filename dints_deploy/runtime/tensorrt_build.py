@@ -16,13 +16,14 @@ from dints_deploy.errors import EngineError
 from dints_deploy.files import make_private_folder, state_folder, write_bytes
 from dints_deploy.runtime.certificate import check_owner, engines_folder
 from dints_deploy.runtime.cuda import describe_gpu, select
-from dints_deploy.runtime.engine import check_ends
+from dints_deploy.runtime.engine import MOST_PER_CALL, check_ends
 from dints_deploy.runtime.operators import complaints
+from dints_deploy.runtime.pipeline import interrupts_held
 from dints_deploy.runtime.tensorrt_log import Log, given
 
 Progress = Callable[[str, int, int], None]
 
-BATCHES: Final = (1, 2, 4)
+BATCHES: Final = (1, 2, MOST_PER_CALL)
 """Least, usual and most windows per call that a plan is made for."""
 
 
@@ -47,13 +48,14 @@ def build_plan(network: bytes, window: Sequence[int], *, device: str, progress: 
     _parse(network, definition, log)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
-    monitor = Monitor(progress)
-    config.progress_monitor = monitor  # `monitor` outlives the build, as TensorRT demands
     config.add_optimization_profile(_profile(builder, definition, window))
     cache_path = timing_cache_path(device)
     cache = config.create_timing_cache(_cached(cache_path))
     config.set_timing_cache(cache, ignore_mismatch=False)
-    plan = given(builder.build_serialized_network(definition, config), log, "to build a plan")
+    with interrupts_held() as let_through:
+        monitor = Monitor(progress, let_through)
+        config.progress_monitor = monitor  # `monitor` outlives the build, as TensorRT demands
+        plan = given(builder.build_serialized_network(definition, config), log, "to build a plan")
     make_private_folder(state_folder())
     make_private_folder(engines_folder())
     write_bytes(cache_path, bytes(memoryview(config.get_timing_cache().serialize())))
@@ -95,11 +97,12 @@ def _cached(path: Path) -> bytes:
 
 
 class Monitor(trt.IProgressMonitor):
-    """Passes the steps of the outermost phases on."""
+    """Passes the steps of the outermost phases on, and ends the build at Ctrl-C: C++ takes no exception from here."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, let_through: Callable[[], None]) -> None:
         trt.IProgressMonitor.__init__(self)
         self._progress = progress
+        self._let_through = let_through
         self._steps: dict[str, int] = {}
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: SupportsInt) -> None:
@@ -108,7 +111,11 @@ class Monitor(trt.IProgressMonitor):
             self._steps[phase_name] = int(num_steps)
 
     def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
-        """Report a step; the build goes on."""
+        """Report a step; say whether the build goes on."""
+        try:
+            self._let_through()
+        except KeyboardInterrupt:
+            return False
         if phase_name in self._steps:
             self._progress(phase_name, int(step) + 1, self._steps[phase_name])
         return True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from dints_deploy.catalog.catalog import LoadedEntry, load_entry
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import DintsError, EngineError
 from dints_deploy.imaging.volume import Volume
-from dints_deploy.process.case import Outcome, Request, finish_case, process_case, read_cases
+from dints_deploy.process.case import Outcome, Request, finish_case, process_case, read_case, read_cases
 from dints_deploy.runtime.certified import side_by_side
+from dints_deploy.runtime.engine import MOST_PER_CALL
 from dints_deploy.runtime.memory import Plan
 from dints_deploy.runtime.rss import resident_bytes
-from dints_deploy.runtime.sessions import WarmSessions
+from dints_deploy.runtime.sessions import WarmSessions, windows_per_call
 from tests.command import FAILED, REFUSED, Machine, files, good_scan, three_entries, values, write_scan
 from tests.tiny_entry import entry_fields, model, random_network, random_scan, scan_file, write_entry
 
@@ -105,10 +108,23 @@ def test_a_long_run_and_a_short_one_share_no_network_where_they_would_round_diff
         assert warm.open(alone, windows=500, engine="onnx", threads=2) is first
 
 
+@pytest.mark.parametrize("window", [(16, 16, 16), (40, 56, 40), (96, 96, 96), (256, 256, 256)])
+def test_a_call_has_no_more_windows_than_a_plan_is_made_for(window: tuple[int, int, int]) -> None:
+    assert windows_per_call(window, "cpu") == 1 <= windows_per_call(window, "cuda:0") <= MOST_PER_CALL
+
+
+def test_a_case_that_was_worked_on_holds_no_scan(tiny: LoadedEntry, tmp_path: Path) -> None:
+    [request] = requests_for(tmp_path / "out", [scan_file(tmp_path, random_scan(0))])
+    with read_case(request, {"tiny": tiny.spec}) as case:
+        assert case.found is not None
+        scan = weakref.ref(case.found[0])
+    gc.collect()
+    assert scan() is None
+
+
 def test_the_number_of_windows_counts_members_and_mirrors_for_the_choice_of_engine(tiny: LoadedEntry) -> None:
     with WarmSessions() as warm:
         assert warm.open(tiny, windows=1, threads=1).sessions[0].info.engine == "onnx"  # 1 window, run 4 times
-        warm.close()
         info = warm.open(tiny, windows=2, threads=1).sessions[0].info
         assert (info.engine, info.why) == ("openvino", "fastest on this CPU, for 8 windows")
 

@@ -131,6 +131,40 @@ def test_ctrl_c_waits_for_the_item_under_way_and_a_second_one_does_not(
     assert found == made
 
 
+def press_ctrl_c() -> None:
+    """Send the signal to the main thread, from another one."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+def test_a_second_ctrl_c_while_the_work_is_told_to_end_leaves_no_thread_waiting(default_interrupt: None) -> None:
+    def work(items: Iterator[int]) -> list[int]:
+        next(items)
+        pause = threading.Event()
+        pause.wait(0.2)  # one item waits, another one waits for room
+        press_ctrl_c()
+        pause.wait(0.1)
+        next(items)  # room for that one: then the making ends, and waits for room to say so
+        pause.wait(0.1)
+        press_ctrl_c()
+        pause.wait(0.1)
+        return list(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        behind(work, iter(range(100)))
+
+
+def test_ctrl_c_goes_before_an_error_of_the_same_item(default_interrupt: None) -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        signal.raise_signal(signal.SIGINT)
+        raise BrokenError
+
+    with pytest.raises(KeyboardInterrupt):
+        behind(list, items())
+
+
 def test_ctrl_c_after_the_last_item_still_comes(default_interrupt: None) -> None:
     def work(items: Iterator[int]) -> None:
         for _ in items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dints_deploy.imaging.volume import Volume
+from dints_deploy.runtime.memory import PARTS_BYTES
 from dints_deploy.runtime.postprocess import keep_largest, postprocess
 from tests.phantoms import affine, entry
 
@@ -60,6 +62,16 @@ def test_only_the_largest_part_over_26_neighbours_stays_the_first_of_equals(labe
                 expected[voxel] = 0
     np.testing.assert_array_equal(kept, expected)
     assert kept.dtype == labels.dtype
+
+
+def test_looking_for_the_largest_part_takes_the_memory_that_a_plan_counts() -> None:
+    labels = (np.random.default_rng(0).random((64, 64, 64)) < 0.1).astype(np.uint16)
+    keep_largest(labels, 1)
+    tracemalloc.start()
+    keep_largest(labels, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= PARTS_BYTES * labels.size
 
 
 @EXAMPLES
