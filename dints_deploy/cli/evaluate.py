@@ -66,7 +66,7 @@ def _entry(
     entry = load_entry(model)
     dataset = read_dataset(data)
     check_labels(dataset, entry.spec)
-    cases = unseen_cases(dataset, entry, fold)
+    cases = unseen_cases(dataset, entry.spec, fold)
     sessions = open_sessions(entry, windows=MANY_WINDOWS, engine=engine, precision=precision)
     with progress("evaluate") as report:
         result = evaluate(cases, entry.spec, sessions, progress=report)

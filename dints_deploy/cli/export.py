@@ -12,6 +12,7 @@ import typer
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable, verify_entry
 from dints_deploy.catalog.dataset import Case, read_dataset
+from dints_deploy.catalog.entry import Entry
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
@@ -86,20 +87,20 @@ def _export_entry(
 
     with _steps(f"{entry.spec.name}, {target}") as report:
         proofs = proofs_of(entry)
-        made = export(entry.spec, proofs, target, cases=_cases(entry, data), threads=threads, progress=report)
+        made = export(entry.spec, proofs, target, cases=_cases(entry.spec, data), threads=threads, progress=report)
     copies = _copies(made, out, entry.spec.name) if out else []
     return {"files": copies, "certificates": install_all(made), "measured": [item.certificate for item in made]}
 
 
-def _cases(entry: LoadedEntry, data: Path | None) -> tuple[Case, ...]:
-    """Return the labelled cases that the entry was not trained on; none without a folder."""
+def _cases(spec: Entry, data: Path | None) -> tuple[Case, ...]:
+    """Return the labelled cases that the networks were not trained on; none without a folder."""
     if data is None:
         return ()
     from dints_deploy.runtime.evaluate import check_labels, unseen_cases
 
     dataset = read_dataset(data)
-    check_labels(dataset, entry.spec)
-    return unseen_cases(dataset, entry, None)
+    check_labels(dataset, spec)
+    return unseen_cases(dataset, spec, None)
 
 
 def _export_run(
@@ -116,7 +117,8 @@ def _export_run(
 
     with _steps(f"{run.name}, {target}") as report:
         spec, proof = run_proof(run, dataset)
-        made = export(spec, [proof], target, threads=threads, progress=report)
+        unseen = _cases(spec, data) if spec.training and spec.training.fold is not None else ()  # else it saw them all
+        made = export(spec, [proof], target, cases=unseen, threads=threads, progress=report)
     copies = _copies(made, out, run.name)
     return {"files": copies, "certificates": install_all(made), "measured": [item.certificate for item in made]}
 

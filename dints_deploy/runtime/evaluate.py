@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.dataset import Case, Dataset, read_case
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import DatasetError, ScanRefused
@@ -87,14 +86,14 @@ def check_labels(dataset: Dataset, spec: Entry) -> None:
         )
 
 
-def unseen_cases(dataset: Dataset, entry: LoadedEntry, fold: int | None) -> tuple[Case, ...]:
+def unseen_cases(dataset: Dataset, spec: Entry, fold: int | None) -> tuple[Case, ...]:
     """Return the cases to measure an entry on: a fold's validation part, or all that it was not trained on.
 
     Raises:
         DatasetError: `cases-seen` when the fold's validation part holds a case the entry was trained on, by id or by
             content, or when nothing is left.
     """
-    training = entry.spec.training
+    training = spec.training
     ids, digests = (set(training.cases), set(training.cases.values())) if training else (set(), set())
 
     def seen(case: Case) -> bool:
@@ -103,12 +102,12 @@ def unseen_cases(dataset: Dataset, entry: LoadedEntry, fold: int | None) -> tupl
     if fold is None:
         unseen = tuple(case for case in dataset.cases if not seen(case))
         if not unseen:
-            raise DatasetError("cases-seen", f"expected cases that {entry.spec.name} was not trained on, found none")
+            raise DatasetError("cases-seen", f"expected cases that {spec.name} was not trained on, found none")
         return unseen
     _, validation = dataset.fold(fold)
     if known := [case.id for case in validation if seen(case)]:
         raise DatasetError(
             "cases-seen",
-            f"{entry.spec.name} was trained on {len(known)} of these cases ({known[0]} ...): choose its fold",
+            f"{spec.name} was trained on {len(known)} of these cases ({known[0]} ...): choose its fold",
         )
     return validation

@@ -124,7 +124,8 @@ def export(
     """
     check_precision(target.engine, target.precision)
     engine, _ = choose_engine(target.engine, windows=1, device=target.device, threads=threads)
-    plain = build_engine("openvino" if target.engine == "openvino" else "onnx", "cpu", threads or available_threads())
+    another = "openvino" if target.engine == "openvino" and target.precision != "fp32" else "onnx"  # not with itself
+    plain = build_engine(another, "cpu", threads or available_threads())
     artefacts, sessions, references, drafts = [], [], [], []
     for n, proof in enumerate(proofs):
         progress("make", n, len(proofs))

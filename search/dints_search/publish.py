@@ -114,7 +114,7 @@ def measure(entry: LoadedEntry, dataset: Dataset, progress: Callable[[int, int],
     weights = {member.onnx: entry.digests[member.onnx] for member in entry.spec.members}
     about: dict[str, Any] = {"dataset": dataset.name, "fold": fold, "onnx_sha256": weights}
     try:
-        cases = unseen_cases(dataset, entry, fold)
+        cases = unseen_cases(dataset, entry.spec, fold)
     except DatasetError as fault:
         if fault.code != "cases-seen":
             raise

@@ -34,7 +34,7 @@ def test_scores_on_unseen_real_cases_equal_the_published_ones(engine: str, data:
     entry = load_entry(ENTRY)
     metrics = json.loads((entry.folder / "metrics.json").read_text())
     assert metrics["onnx_sha256"] == {"model.onnx": entry.digests["model.onnx"]}
-    cases = unseen_cases(read_dataset(data / "Task04_Hippocampus"), entry, None)
+    cases = unseen_cases(read_dataset(data / "Task04_Hippocampus"), entry.spec, None)
     assert len(cases) == 6
     result = evaluate(cases, entry.spec, open_sessions(entry, windows=100, engine=engine))
     for case, scores in result.cases.items():

@@ -214,6 +214,8 @@ def test_a_run_is_exported_in_half_precision_with_its_proof(
     assert document["files"] == [str(tmp_path / "run0-model-fp16.onnx")]
     [measured] = document["measured"]
     assert measured["comparison"]["label_agreement"] >= 0.999
+    assert measured["cases"] == 2  # of its fold, not trained on
+    assert all(abs(change) <= 0.005 for change in measured["dice_change"].values())
     assert len(document["certificates"]) == 1
 
 

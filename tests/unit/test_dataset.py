@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from sklearn.model_selection import KFold  # type: ignore[import-untyped]
 
-from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.dataset import Case, Dataset, read_case, read_dataset
 from dints_deploy.catalog.entry import Entry, Training
 from dints_deploy.errors import DatasetError, DintsError, ScanRefused
@@ -164,12 +163,10 @@ def test_a_scan_that_cannot_be_prepared_is_refused_by_its_case(task: Path, tmp_p
     refused(lambda: load_cases([case], preparation, LABELS), "case-invalid", "ball_006", "one value")
 
 
-def entry(trained_on: dict[str, str], fold: int | None = None) -> LoadedEntry:
+def entry(trained_on: dict[str, str], fold: int | None = None) -> Entry:
     """Return an entry that was trained on these ids and digests."""
     spec = Entry.model_validate(entry_fields())
-    return LoadedEntry(
-        Path(), spec.model_copy(update={"training": Training(task="T", fold=fold, cases=trained_on)}), {}
-    )
+    return spec.model_copy(update={"training": Training(task="T", fold=fold, cases=trained_on)})
 
 
 def test_cases_that_an_entry_was_trained_on_are_left_out_by_id_and_by_content(task: Path) -> None:
