@@ -120,10 +120,9 @@ def verdict(groups: Groups) -> str:
     work = fmean(record.cost["gmac"] for record in drawn)
     shares = {name: found[0].cost["gmac"] / work for name, found in searched.items()}
     alike = {name: said for name, said in verdicts.items() if abs(shares[name] - 1) <= 2 * TOLERANCE}
-    parts = [_verdict_of_equals(alike)] if alike else []
     better = [name for name, said in alike.items() if said == "better"]
-    if equals := [name for name in groups if groups[name][0].kind == "random" and _matches(groups, name, better)]:
-        parts.append(f"Not every draw is beaten: {_named(equals)} no worse.")
+    equals = [name for name in groups if groups[name][0].kind == "random" and _matches(groups, name, better)]
+    parts = [_verdict_of_equals(alike, equals)] if alike else []
     parts += [
         f"{name}, with {shares[name]:.2f} times the work: {said}."
         for name, said in verdicts.items()
@@ -135,11 +134,14 @@ def verdict(groups: Groups) -> str:
     return " ".join(parts) + "\n"
 
 
-def _verdict_of_equals(verdicts: dict[str, str]) -> str:
-    """Say what holds for searched networks with about the work of the random ones."""
+def _verdict_of_equals(verdicts: dict[str, str], equals: Sequence[str]) -> str:
+    """Say what holds for searched networks with about the work of the random ones, of which `equals` are as good."""
     said = {kind: [name for name, found in verdicts.items() if found == kind] for kind in ("better", "worse")}
     if not said["better"] and not said["worse"]:
         return f"**No difference**: {_named(verdicts)} no different from the random ones beyond what chance explains."
+    if said["better"] and equals:  # with few draws one as good is no proof of the search
+        better = f"{_named(said['better'])} better than the random ones together"
+        return f"**No clear difference**: {better}, but {_named(equals)} no worse."
     if len(said["better"]) == len(verdicts):
         return f"**Search beats chance** here: {_named(verdicts)} better than the random ones together."
     if len(said["worse"]) == len(verdicts):

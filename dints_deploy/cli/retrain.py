@@ -74,6 +74,11 @@ def _retrain(
 
     network = read_genotype(genotype or Path(search or "") / "genotype.json")
     without = read_search_config(search).held_out if search else {}
+    if not set(without) <= {case.id for case in dataset.cases}:
+        raise UsageError(
+            "usage", f"expected the dataset of the search in {search}, found another: name {search}/genotype.json with "
+            "--genotype to retrain its network on this one"
+        )  # fmt: skip
     with progress("retrain") as bar:
         weights = retrain(
             recipe,

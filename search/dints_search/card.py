@@ -25,7 +25,7 @@ $scores
 ## How it was made
 
 - Task $task: $cases training cases of fold $fold. Their ids and digests are in `entry.toml`; `evaluate` refuses them.
-  No choice was made on the other cases of the fold, which the scores above are measured on.
+  The training made no choice on the other cases of the fold, which the scores above are measured on.
 - $members of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
   $gmac GMAC for a window of $window voxels.
 - $steps steps of $batch, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,19 @@ def test_retraining_a_searchs_network_leaves_out_what_the_search_held_out_and_re
     both = machine.run(*words, "--genotype", str(alone / "genotype.json"))
     assert both.code == 2
     assert "either --genotype FILE or --search RUN" in both.out + both.err
+
+
+def test_a_search_on_another_dataset_is_told_before_the_training(machine: Machine, alone: Path) -> None:
+    held_out = next(iter(read_search_config(alone).held_out))
+    description = json.loads((machine.folder / "task" / "dataset.json").read_text())
+    description["training"] = [pair for pair in description["training"] if held_out not in pair["image"]]
+    shutil.copytree(machine.folder / "task", machine.folder / "other")
+    (machine.folder / "other" / "dataset.json").write_text(json.dumps(description))
+    words = ["retrain", "--search", "alone", "--task", "tiny.toml", "--data", "other", "--out", "elsewhere"]
+    done = machine.run(*words, "--threads", "1")
+    assert done.code == 2
+    assert "--genotype" in done.err
+    assert not (machine.folder / "elsewhere").exists()
 
 
 def test_two_processes_retrain_as_one_with_the_doubled_batch(machine: Machine) -> None:
