@@ -44,6 +44,7 @@ NOT_RUN = {
     "dints-deploy data plan *": "made and used by test_ten_recipes.py",
     "dints-deploy search *": "takes hours; run small by test_search_command.py",
     "dints-deploy retrain *": "takes hours; run small by test_publish.py",
+    "torchrun *": "takes hours; run small by test_search_command.py",
     "dints-deploy crossval *": "takes hours; run small by test_crossval.py",
     "dints-deploy publish *": "needs a run; run small by test_publish.py",
     "dints-deploy evaluate --run *": "needs a run; run small by test_publish.py",
