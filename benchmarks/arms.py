@@ -29,7 +29,7 @@ from dints_search.metrics import read_metrics
 from dints_search.profile import Counts, count
 from dints_search.recipe import Recipe
 from dints_search.retrain import retrain
-from dints_search.run import check_run, commit, configure
+from dints_search.run import check_run, commit, configure, read_config
 from dints_search.search import search
 from dints_search.search_run import (
     Parts,
@@ -109,6 +109,7 @@ class Record(Strict):
         scores: of `Evaluation.as_dict`: summary, and Dice and NSD per case.
         gap: of a searched arm.
         labels: name of each label value.
+        search_commit, retrain_commit: of the code that searched and that trained; `commit` is of what measured.
     """
 
     schema_version: Literal[1]
@@ -129,6 +130,8 @@ class Record(Strict):
     scores: dict[str, Any]
     gap: GapTable | None
     labels: dict[int, str] = Field(default_factory=dict)
+    search_commit: str | None = None
+    retrain_commit: str | None = None
 
 
 class SearchRecord(Strict):
@@ -179,6 +182,8 @@ def run_arm(plan: Plan, arm: Arm) -> Record:
         scores=evaluation.as_dict(),
         gap=gap,
         labels=plan.recipe.label_names,
+        search_commit=found.commit if found else None,
+        retrain_commit=read_config(run).commit,
     )
     write_text(make_folder(plan.records) / record_path(plan, arm).name, record.model_dump_json(indent=1) + "\n")
     return record

@@ -25,8 +25,8 @@ PAGES: Final = {
     "performance": f"""# Performance
 
 {MADE} The ratios count, not the
-seconds. Contenders took turns on one machine, but for the whole CT and the peaks of memory: these are one run each,
-gathered over the commits that are named, on one kind of machine.
+seconds. Contenders took turns on one machine, but for the whole CT and the peaks of memory, which are one run each,
+and for int8 and nnU-Net on the eighth: these were gathered over the commits that are named, on one kind of machine.
 """,
     "dicom-measured": f"""# DICOM, measured
 

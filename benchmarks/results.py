@@ -165,7 +165,8 @@ def _setting(records: Sequence[Record]) -> str:
     searching: dict[str, Any] = next((r.settings["search"] for r in records if r.settings["search"]), {})
     retraining = first.settings["retraining"]
     cases = first.scores["summary"]["cases"]
-    commits = sorted({record.commit[:10] + "+" * record.commit.endswith("+") for record in records})
+    made = {c for r in records for c in (r.commit, r.search_commit, r.retrain_commit) if c is not None}
+    commits = sorted(commit[:10] + "+" * commit.endswith("+") for commit in made)
     machines = sorted({f"{r.machine['processor']}, {r.machine['threads']} threads" for r in records})
     devices = sorted({r.machine["device"] for r in records})
     lines = [

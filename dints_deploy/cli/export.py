@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable, verify_entry
-from dints_deploy.catalog.dataset import Case, read_dataset
+from dints_deploy.catalog.dataset import Case, Dataset, read_dataset
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
@@ -87,18 +87,16 @@ def _export_entry(
 
     with _steps(f"{entry.spec.name}, {target}") as report:
         proofs = proofs_of(entry)
-        made = export(entry.spec, proofs, target, cases=_cases(entry.spec, data), threads=threads, progress=report)
+        cases = _unseen(entry.spec, read_dataset(data)) if data else ()
+        made = export(entry.spec, proofs, target, cases=cases, threads=threads, progress=report)
     copies = _copies(made, out, entry.spec.name) if out else []
     return {"files": copies, "certificates": install_all(made), "measured": [item.certificate for item in made]}
 
 
-def _cases(spec: Entry, data: Path | None) -> tuple[Case, ...]:
-    """Return the labelled cases that the networks were not trained on; none without a folder."""
-    if data is None:
-        return ()
+def _unseen(spec: Entry, dataset: Dataset) -> tuple[Case, ...]:
+    """Return the labelled cases that the networks were not trained on."""
     from dints_deploy.runtime.evaluate import check_labels, unseen_cases
 
-    dataset = read_dataset(data)
     check_labels(dataset, spec)
     return unseen_cases(dataset, spec, None)
 
@@ -117,7 +115,8 @@ def _export_run(
 
     with _steps(f"{run.name}, {target}") as report:
         spec, proof = run_proof(run, dataset)
-        unseen = _cases(spec, data) if spec.training and spec.training.fold is not None else ()  # else it saw them all
+        folded = spec.training is not None and spec.training.fold is not None  # a run on everything saw all cases
+        unseen = _unseen(spec, dataset) if folded else ()
         made = export(spec, [proof], target, cases=unseen, threads=threads, progress=report)
     copies = _copies(made, out, run.name)
     return {"files": copies, "certificates": install_all(made), "measured": [item.certificate for item in made]}

@@ -21,6 +21,7 @@ import pytest
 from dints_deploy.catalog.catalog import LoadedEntry, load_entry
 from dints_deploy.catalog.entry import ReducedLimits
 from dints_deploy.errors import EngineError, OutputError
+from dints_deploy.files import make_private_folder
 from dints_deploy.runtime.certificate import (
     SECRET_FILE,
     Target,
@@ -286,6 +287,18 @@ def test_a_certificate_of_another_engine_version_or_processor_is_stale(
     assert caught.value.code == "certificate-stale"
     assert word in caught.value.message
     assert "dints-deploy export tiny --openvino --precision int8" in caught.value.message
+
+
+def test_a_plan_that_may_not_be_used_is_left_aside_with_the_reason(entry: LoadedEntry) -> None:
+    _, _, why = choose_networks(entry, windows=1, device="cuda:0")
+    assert why == "the engine for CUDA devices"
+    plan = Target(engine="onnx-trt", precision="fp32", device="cuda:0")
+    path = certificate_path(entry.digests["model.onnx"], plan)
+    make_private_folder(make_private_folder(path.parents[1]) / path.parent.name)
+    path.write_bytes(b"{}")
+    chosen, networks, why = choose_networks(entry, windows=1, device="cuda:0")
+    assert (chosen.name, networks) == ("onnx", [entry.member_bytes(entry.spec.members[0])])
+    assert why.startswith("the engine for CUDA devices; a plan was left aside: expected")
 
 
 def test_limits_that_were_made_stricter_after_export_hold(entry: LoadedEntry, exported: Path) -> None:

@@ -17,6 +17,9 @@ from onnx import helper
 
 from dints_deploy.catalog.catalog import LoadedEntry, load_entry
 from dints_deploy.catalog.entry import Entry
+from dints_deploy.cli.cases import PlannedCase
+from dints_deploy.cli.segment import Entries
+from dints_deploy.cli.segment import _run as run_planned
 from dints_deploy.errors import DintsError, EngineError
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.process.case import Outcome, Request, finish_case, process_case, read_case, read_cases
@@ -120,6 +123,33 @@ def test_a_case_that_was_worked_on_holds_no_scan(tiny: LoadedEntry, tmp_path: Pa
         scan = weakref.ref(case.found[0])
     gc.collect()
     assert scan() is None
+
+
+class Broken(Entries):
+    """Entries that cannot be loaded."""
+
+    def __init__(self, fault: Exception) -> None:
+        super().__init__(None)
+        self.fault = fault
+
+    def load(self, name: str) -> LoadedEntry:
+        raise self.fault from ValueError()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [(MemoryError(), "engine-memory"), (EngineError("engine-failed", "found none"), "engine-failed")]
+)
+def test_a_scan_that_fails_is_told_and_its_error_holds_no_frame(
+    fault: Exception, code: str, tiny: LoadedEntry, tmp_path: Path
+) -> None:
+    [request] = requests_for(tmp_path / "out", [scan_file(tmp_path, random_scan(0))])
+    case = PlannedCase(request.channels, "scan", request.stem, None)
+    read = read_case(request, {"tiny": tiny.spec})
+    with WarmSessions() as warm:
+        error = run_planned(case, read, Broken(fault), warm, quiet=True)
+    assert isinstance(error, EngineError)
+    assert error.code == code
+    assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
 
 
 def test_the_number_of_windows_counts_members_and_mirrors_for_the_choice_of_engine(tiny: LoadedEntry) -> None:

@@ -47,6 +47,8 @@ def record(kind: str, figure: float, dice: list[float], *, seed: int = 0, gmac: 
         "scores": {"summary": summary, "cases": scores},
         "gap": None,
         "labels": {1: "Anterior", 2: "Posterior"},
+        "search_commit": "fedcba9876543210" if kind == "searched" else None,
+        "retrain_commit": "00112233445566+",
     }
     return Record.model_validate(fields)
 
@@ -127,7 +129,7 @@ def test_the_page_has_every_figure_of_a_record() -> None:
         assert wanted in said
     assert "| sigma-0.5 | all random | +0.0111 | +0.0111 to +0.0111 | better |" in said
     assert "(results/random-2-seed-0.svg)" in said
-    assert "0123456789" in said
+    assert "commits 0011223344+, 0123456789, fedcba9876" in said
     assert "No arm is recorded yet" in page([])
 
 
