@@ -68,8 +68,6 @@ class Searching(Strict):
 
     @model_validator(mode="after")
     def _precise(self) -> Searching:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"expected steps after the warm-up, found {self.warmup_steps} of {self.steps} in it")
         if self.unrolled and self.precision != "fp32":
             raise ValueError(f"expected precision fp32 for an unrolled search, found {self.precision}")
         return self

@@ -219,7 +219,6 @@ def test_a_window_that_does_not_fit_is_refused_before_anything_is_read(tmp_path:
         ({"num_blocks": 65}, "num_blocks"),
         ({"channel_multiplier": 0.01}, "channel_multiplier"),
         ({"unrolled": True, "precision": "bf16"}, "fp32"),
-        ({"steps": 40, "warmup": 0.99}, "warm-up"),
     ],
 )
 def test_settings_that_cannot_be_searched_with_are_named(tmp_path: Path, changes: dict[str, Any], word: str) -> None:
