@@ -36,6 +36,13 @@ def retrain_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe, such as retraining.batch=4.")
     ] = None,
+    origin: Annotated[
+        Path | None, typer.Option("--from", help="Begin with the weights of this finished run, as for fine-tuning.")
+    ] = None,
+    teachers: Annotated[
+        list[Path] | None,
+        typer.Option("--teacher", help="A finished run to learn from besides the labels; repeat for an ensemble."),
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep prepared cases in this folder, not in memory.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,6 +64,7 @@ def retrain_command(
             )
         recipe = with_steps(override(find_recipe(task), settings or []), steps)
         options = {"fold": fold, "seed": seed, "resume": resume, "device": device, "cache": cache}
+        options |= {"origin": origin, "teachers": teachers or ()}
         weights = _retrain(recipe, genotype, search, read_dataset(data), out, **options)
         if leads():
             say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")

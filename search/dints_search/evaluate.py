@@ -11,10 +11,9 @@ from dints_deploy.catalog.dataset import Dataset
 from dints_deploy.catalog.entry import Entry, Member, Training
 from dints_deploy.catalog.strict import faults
 from dints_deploy.errors import DatasetError, UsageError
-from dints_deploy.files import sha256_file
 from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.evaluate import Evaluation, evaluate
-from dints_search.run import RunConfig, trained_network
+from dints_search.run import RunConfig, seen_cases, trained_network
 from dints_search.torch_engine import TorchSession
 
 MODEL_FILE = "model.onnx"
@@ -82,8 +81,7 @@ def evaluate_run(
     if wanted is None:
         raise DatasetError("fold-unknown", "expected --fold: the run was not trained on a fold")
     _, validation = dataset.fold(wanted)
-    digests = set(config.cases.values())
-    if known := [case.id for case in validation if case.id in config.cases or sha256_file(case.image) in digests]:
+    if known := seen_cases(config, validation):
         raise DatasetError(
             "cases-seen", f"expected unseen cases, the run was trained on {known[0]}: choose its own fold"
         )

@@ -81,6 +81,7 @@ class Retraining(Strict):
         foreground: share of patches centred on a labelled voxel, where a scan is larger than the window.
         weight_decay: of the convolutions' weights; norms and biases are left alone.
         ema: decay per step of the averaged weights, which are the ones published.
+        teaching: share of the target that is the teachers' opinion, where there are teachers.
     """
 
     steps: PositiveInt
@@ -95,6 +96,7 @@ class Retraining(Strict):
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: PositiveInt = 250
     augmentation: Augmentation = Augmentation()
+    teaching: Probability = Field(default=0.5, exclude_if=lambda share: share == 0.5)
 
 
 class Declared(Strict):

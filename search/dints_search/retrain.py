@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +28,11 @@ from dints_search.dataset import Patches, check_classes, check_dataset, load_cas
 from dints_search.fits import check_fits
 from dints_search.genotype import Genotype
 from dints_search.metrics import Figures, Metrics, read_metrics
+from dints_search.precision import autocast
 from dints_search.recipe import Recipe, Retraining
 from dints_search.run import WEIGHTS, RunConfig, build_network, check_run, configure, open_run
 from dints_search.segmentation_loss import check_finite, segmentation_loss
+from dints_search.teach import Teachers, continue_from, open_teachers, weights_digest
 from dints_search.world import World, joined
 
 LOG_EVERY = 25
@@ -86,36 +87,53 @@ def retrain(
     device: str = "cpu",
     cache: Path | None = None,
     without: Collection[str] = (),
+    origin: Path | None = None,
+    teachers: Sequence[Path] = (),
     report: Report = lambda step, loss, rate: None,
 ) -> Path:
     """Train the genotype's network on the training part of `fold` and return the path of its averaged weights.
 
-    Cases named in `without` are left out, to measure on them inside the training part.
+    Args:
+        without: ids of cases that are left out, to measure on them inside the training part.
+        origin: a finished run whose weights are the first ones.
+        teachers: finished runs whose opinion is learned besides the labels.
 
     Raises:
         DatasetError: a bad case, a window that does not fit, another configuration in `folder`, a damaged checkpoint,
-            or `training-diverged`. UsageError: no such device.
+            a run that cannot teach this one, or `training-diverged`. UsageError: no such device.
     """
     check_fits(recipe, genotype.num_depths)
     check_dataset(dataset, recipe)
-    training = tuple(case for case in dataset.fold(fold)[0] if case.id not in without)
+    training, validation = dataset.fold(fold)
+    training = tuple(case for case in training if case.id not in without)
     with joined(device) as (world, place):
         config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
+        config = config.model_copy(update=_schooling(origin, teachers))
         config = check_run(folder, config, resume=resume)
         patches = _patches(recipe, training, world, seed=seed, cache=cache)
         world.wait()  # every process has looked at the folder
         if world.writes:
             open_run(folder, config, genotype)
         torch.manual_seed(seed)
-        state = start(build_network(config, genotype).to(place), recipe.retraining)
+        network = build_network(config, genotype)
+        if origin is not None:
+            continue_from(origin, network, recipe, validation)
+        state = start(network.to(place), recipe.retraining)
+        school = open_teachers(teachers, recipe, validation, place)
         if (folder / CHECKPOINT).exists():
             state.load(folder / CHECKPOINT, config.digest())
         source = batches(patches, recipe.retraining.batch, first=state.step, device=place, world=world)
-        _train(state, config, folder, source, world, report)
+        _train(state, config, folder, source, world, school, report)
         if world.writes:
             _finish(folder, state.average)
         world.wait()
     return folder / WEIGHTS
+
+
+def _schooling(origin: Path | None, teachers: Sequence[Path]) -> dict[str, Any]:
+    """Return what a configuration says of other runs that this one builds on."""
+    taught = tuple(weights_digest(run) for run in teachers)
+    return {"origin": None if origin is None else weights_digest(origin), "teachers": taught}
 
 
 def _patches(recipe: Recipe, training: Sequence[Case], world: World, *, seed: int, cache: Path | None) -> Patches:
@@ -134,12 +152,18 @@ def _patches(recipe: Recipe, training: Sequence[Case], world: World, *, seed: in
 
 
 def _train(
-    state: State, config: RunConfig, folder: Path, source: Iterator[tuple[Tensor, Tensor]], world: World, report: Report
+    state: State,
+    config: RunConfig,
+    folder: Path,
+    source: Iterator[tuple[Tensor, Tensor]],
+    world: World,
+    teachers: Teachers,
+    report: Report,
 ) -> None:
     settings = config.recipe.retraining
     with Metrics(folder, step=state.step, writes=world.writes) as metrics:
         for image, label in source:
-            loss, rate = train_step(state, image, label, settings, world)
+            loss, rate = train_step(state, image, label, settings, world, teachers)
             if world.writes:
                 report(state.step, loss, rate)
             if state.step % LOG_EVERY == 0:
@@ -209,6 +233,7 @@ def train_step(
     label: Tensor,
     settings: Retraining,
     world: World = World(),  # noqa: B008 (frozen)
+    teachers: Teachers = Teachers(),  # noqa: B008 (frozen)
 ) -> tuple[float, float]:
     """Do one optimiser step and update the average; return the loss and the learning rate.
 
@@ -223,7 +248,8 @@ def train_step(
     state.network.train()
     with autocast(image.device.type, settings.precision):
         logits = state.network(image)  # (N, classes, I, J, K)
-    loss = segmentation_loss(logits.float(), label, world)
+    opinion = teachers.opinion(image)
+    loss = segmentation_loss(logits.float(), label, world, opinion=opinion, share=teachers.share)
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     value = loss.detach()
@@ -235,12 +261,6 @@ def train_step(
     state.losses = [*state.losses[1 - LOG_EVERY :], value.item()]
     _average(state, settings.ema)
     return state.losses[-1], rate
-
-
-def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
-    """Return the mixed-precision context of a precision: autocast to bf16 or fp16, or none for fp32."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return nullcontext() if precision == "fp32" else torch.autocast(device, kinds[precision])
 
 
 def learning_rate(step: int, settings: Retraining) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -36,6 +37,8 @@ class RunConfig(Strict):
         processes: that share every batch.
         cases: id -> SHA-256 of the image, the cases trained on. labels: id -> SHA-256 of the label; none in runs of
             before they were kept.
+        origin: SHA-256 of the weights that the training began with, where those were a finished run's.
+        teachers: SHA-256 of the weights of the runs whose opinion it learned.
         commit: of the code, for the record; it does not decide whether a checkpoint fits.
     """
 
@@ -47,6 +50,8 @@ class RunConfig(Strict):
     processes: int = Field(default=1, exclude_if=lambda count: count == 1)
     cases: dict[str, str]
     labels: dict[str, str] = Field(default_factory=dict, exclude_if=lambda labels: not labels)
+    origin: str | None = Field(default=None, exclude_if=lambda origin: origin is None)
+    teachers: tuple[str, ...] = Field(default=(), exclude_if=lambda teachers: not teachers)
     commit: str
 
     def digest(self) -> str:
@@ -108,6 +113,12 @@ def open_run(folder: Path, config: RunConfig, genotype: Genotype) -> None:
     make_folder(folder)
     write_text(folder / "genotype.json", genotype.to_json())
     write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+
+
+def seen_cases(config: RunConfig, cases: Sequence[Case]) -> list[str]:
+    """Return the ids of those cases that a run was trained on, known by id or by content."""
+    digests = set(config.cases.values())
+    return [case.id for case in cases if case.id in config.cases or sha256_file(case.image) in digests]
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -24,8 +24,9 @@ from dints_search.dataset import Patches, check_classes, check_dataset, load_cas
 from dints_search.fits import check_search_fits, search_window
 from dints_search.losses import ArchitectureLoss, architecture_loss
 from dints_search.metrics import Figures, Metrics
+from dints_search.precision import autocast
 from dints_search.recipe import Recipe
-from dints_search.retrain import autocast, batches
+from dints_search.retrain import batches
 from dints_search.search_run import (
     Parts,
     SearchConfig,

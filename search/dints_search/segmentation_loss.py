@@ -15,7 +15,14 @@ SMOOTHING: Final = 1e-5
 """Added to both sides of the Dice quotient, as MONAI does by default."""
 
 
-def segmentation_loss(logits: Tensor, label: Tensor, world: World = World()) -> Tensor:  # noqa: B008 (frozen)
+def segmentation_loss(
+    logits: Tensor,
+    label: Tensor,
+    world: World = World(),  # noqa: B008 (frozen)
+    *,
+    opinion: Tensor | None = None,
+    share: float = 0.0,
+) -> Tensor:
     """Return Dice loss over the whole batch, background left out, plus cross-entropy over all classes.
 
     Equal to MONAI's `DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)` on the batches
@@ -25,11 +32,17 @@ def segmentation_loss(logits: Tensor, label: Tensor, world: World = World()) -> 
         logits: (N, classes, I, J, K), float32.
         label: (N, 1, I, J, K), whole numbers.
         world: the processes that share the batch, each with the same number of scans.
+        opinion: (N, classes, I, J, K), class probabilities that teachers give; they are `share` of the target, the
+            label is the rest.
     """
     log = functional.log_softmax(logits, dim=1)
-    likelihood = functional.nll_loss(log, label[:, 0].long())
-    found = log.exp()[:, 1:]
-    wanted = functional.one_hot(label[:, 0].long(), logits.shape[1]).movedim(-1, 1)[:, 1:].to(found)
+    target = functional.one_hot(label[:, 0].long(), logits.shape[1]).movedim(-1, 1).to(log)
+    if opinion is None:
+        likelihood = functional.nll_loss(log, label[:, 0].long())
+    else:
+        target = torch.lerp(target, opinion, share)
+        likelihood = -(target * log).sum(dim=1).mean()
+    found, wanted = log.exp()[:, 1:], target[:, 1:]
     sums = torch.stack([each.sum((0, 2, 3, 4)) for each in (found * wanted, found, wanted)])  # (3, classes - 1)
     common, ours, theirs = world.total(sums)
     dice = 1 - (2 * common + SMOOTHING) / (ours + theirs + SMOOTHING)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dints_deploy.runtime.engine import Batch, Handle, SessionInfo
-from dints_search.retrain import autocast
+from dints_search.precision import autocast
 
 
 class TorchSession:

@@ -1,0 +1,108 @@
+"""Finished runs that a training goes on from, or whose opinion it learns besides the labels.
+
+An ensemble segments better than each of its networks and costs as much as all of them. One network that learns the
+ensemble's mean opinion comes close to it (Hinton et al. 2015, arXiv:1503.02531), also where teachers and pupil are of
+one size (Furlanello et al. 2018, arXiv:1805.04770): a reader's slips in the labels are smoothed on the way. Teachers
+see the very patch that the network sees, augmentation included (Beyer et al. 2022, arXiv:2106.05237).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dints_deploy.catalog.dataset import Case
+from dints_deploy.errors import DatasetError
+from dints_deploy.files import sha256_file
+from dints_search.network import DiNTSNetwork
+from dints_search.precision import autocast
+from dints_search.recipe import Recipe
+from dints_search.run import WEIGHTS, seen_cases, trained_network
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Networks that have an opinion on a patch; none by default.
+
+    Attributes:
+        networks: ready to infer, on the device where the training runs.
+        share: of the target that is their opinion; the labels are the rest.
+        precision: they run in, as the training does.
+    """
+
+    networks: tuple[nn.Module, ...] = ()
+    share: float = 0.0
+    precision: str = "fp32"
+
+    @torch.no_grad()
+    def opinion(self, image: Tensor) -> Tensor | None:
+        """Return the mean of their class probabilities, (N, classes, I, J, K) float32; None where there are none."""
+        if not self.networks:
+            return None
+        with autocast(image.device.type, self.precision):
+            logits = [network(image) for network in self.networks]
+        return torch.stack([each.float().softmax(dim=1) for each in logits]).mean(dim=0)
+
+
+def open_teachers(runs: Sequence[Path], recipe: Recipe, validation: Sequence[Case], device: str) -> Teachers:
+    """Return the networks of finished runs as teachers of a training with this recipe.
+
+    Args:
+        runs: folders of finished runs on the same preparation and labels.
+        recipe: of the training.
+        validation: cases of its fold that no teacher may have seen.
+        device: where the training runs.
+
+    Raises:
+        DatasetError: as for `open_origin`.
+    """
+    networks = tuple(_finished(run, recipe, validation).to(device) for run in runs)
+    return Teachers(networks, recipe.retraining.teaching, recipe.retraining.precision)
+
+
+def continue_from(run: Path, network: nn.Module, recipe: Recipe, validation: Sequence[Case]) -> None:
+    """Give a network the weights of a finished run of the same shape.
+
+    Raises:
+        DatasetError: `run-mismatch` when the run's network, preparation or labels are others, `cases-seen` when it was
+            trained on a case of `validation`, `checkpoint-invalid` when it is not finished.
+    """
+    trained = _finished(run, recipe, validation)
+    try:
+        network.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise DatasetError(
+            "run-mismatch", f"expected {run} to hold this network's weights (genotype, width, labels), found others"
+        ) from error
+
+
+def _finished(run: Path, recipe: Recipe, validation: Sequence[Case]) -> DiNTSNetwork:
+    """Return a finished run that speaks of the same thing and does not give the validation part away."""
+    config, network = trained_network(run)
+    if _meaning(config.recipe) != _meaning(recipe):
+        raise DatasetError(
+            "run-mismatch", f"expected {run} to prepare scans and name labels as {recipe.task} does, found another way"
+        )
+    if seen := seen_cases(config, validation):
+        raise DatasetError(
+            "cases-seen",
+            f"expected no validation case among the training cases of {run}, found {seen[0]}: choose a run of the same "
+            "fold",
+        )
+    return network
+
+
+def _meaning(recipe: Recipe) -> tuple[Any, ...]:
+    """Return what a network's input and output mean; the window may differ, the network is convolutional."""
+    return recipe.spacing, [channel.intensity for channel in recipe.channels], recipe.label_names
+
+
+def weights_digest(run: Path) -> str:
+    """Return the SHA-256 of a finished run's weights; an empty text where there are none."""
+    path = run / WEIGHTS
+    return sha256_file(path) if path.is_file() else ""
