@@ -113,8 +113,10 @@ def opened(
     Args:
         decoders: processes for compressed pixels, as for `collect`; they outlive this context.
     """
-    with tempfile.TemporaryDirectory(prefix="dints-deploy-") as scratch:
-        yield collect(source, scratch=Path(scratch), limits=limits, decoders=decoders)
+    # a folder needs no scratch, and a process that is killed over it leaves none behind
+    single = isinstance(source, Path) and not source.is_dir()
+    with tempfile.TemporaryDirectory(prefix="dints-deploy-") if single else contextlib.nullcontext() as scratch:
+        yield collect(source, scratch=Path(scratch) if scratch else None, limits=limits, decoders=decoders)
 
 
 def collect(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from dints_deploy.catalog.dataset import Case, Dataset
-from dints_deploy.files import write_bytes
+from dints_deploy.files import sha256_file, write_bytes
 from dints_search.augment import Augmenter
 from dints_search.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
@@ -30,9 +30,9 @@ from dints_search.genotype import Genotype
 from dints_search.metrics import Figures, Metrics, read_metrics
 from dints_search.precision import autocast
 from dints_search.recipe import Recipe, Retraining
-from dints_search.run import WEIGHTS, RunConfig, build_network, check_run, configure, open_run
+from dints_search.run import WEIGHTS, RunConfig, build_network, check_run, configure, finished_weights, open_run
 from dints_search.segmentation_loss import check_finite, segmentation_loss
-from dints_search.teach import Teachers, continue_from, open_teachers, weights_digest
+from dints_search.teach import Teachers, continue_from, open_teachers
 from dints_search.world import World, joined
 
 LOG_EVERY = 25
@@ -104,22 +104,22 @@ def retrain(
     """
     check_fits(recipe, genotype.num_depths)
     check_dataset(dataset, recipe)
-    training, validation = dataset.fold(fold)
-    training = tuple(case for case in training if case.id not in without)
+    training = tuple(case for case in dataset.fold(fold)[0] if case.id not in without)
+    unseen = tuple(case for case in dataset.cases if case not in training)
     with joined(device) as (world, place):
         config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
         config = config.model_copy(update=_schooling(origin, teachers))
         config = check_run(folder, config, resume=resume)
         patches = _patches(recipe, training, world, seed=seed, cache=cache)
-        world.wait()  # every process has looked at the folder
-        if world.writes:
-            open_run(folder, config, genotype)
+        school = open_teachers(teachers, recipe, unseen, place)
         torch.manual_seed(seed)
         network = build_network(config, genotype)
         if origin is not None:
-            continue_from(origin, network, recipe, validation)
+            continue_from(origin, network, recipe, unseen)
+        world.wait()  # every process has looked at the folder
+        if world.writes:
+            open_run(folder, config, genotype)
         state = start(network.to(place), recipe.retraining)
-        school = open_teachers(teachers, recipe, validation, place)
         if (folder / CHECKPOINT).exists():
             state.load(folder / CHECKPOINT, config.digest())
         source = batches(patches, recipe.retraining.batch, first=state.step, device=place, world=world)
@@ -132,8 +132,8 @@ def retrain(
 
 def _schooling(origin: Path | None, teachers: Sequence[Path]) -> dict[str, Any]:
     """Return what a configuration says of other runs that this one builds on."""
-    taught = tuple(weights_digest(run) for run in teachers)
-    return {"origin": None if origin is None else weights_digest(origin), "teachers": taught}
+    digests = [sha256_file(finished_weights(run)) for run in ([origin] if origin else []) + list(teachers)]
+    return {"origin": digests.pop(0) if origin else None, "teachers": tuple(digests)}
 
 
 def _patches(recipe: Recipe, training: Sequence[Case], world: World, *, seed: int, cache: Path | None) -> Patches:

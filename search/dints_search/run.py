@@ -137,6 +137,14 @@ def build_network(config: RunConfig, genotype: Genotype) -> DiNTSNetwork:
     )
 
 
+def finished_weights(folder: Path) -> Path:
+    """Return where a finished run's weights lie; raise `DatasetError` (`checkpoint-invalid`) when it has none."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise DatasetError("checkpoint-invalid", f"expected a finished run at {folder}, found no weights: --resume it")
+    return path
+
+
 def trained_network(folder: Path) -> tuple[RunConfig, DiNTSNetwork]:
     """Return a finished run's configuration and its network with the published (averaged) weights, ready to infer.
 
@@ -144,9 +152,7 @@ def trained_network(folder: Path) -> tuple[RunConfig, DiNTSNetwork]:
         DatasetError: `checkpoint-invalid` when the run is not finished or its weights are damaged, `run-mismatch` when
             its genotype is not the one that was trained.
     """
-    config, path = read_config(folder), folder / WEIGHTS
-    if not path.is_file():
-        raise DatasetError("checkpoint-invalid", f"expected a finished run at {folder}, found no weights: --resume it")
+    config, path = read_config(folder), finished_weights(folder)
     genotype = read_genotype(folder / "genotype.json")
     if genotype.digest() != config.genotype:
         raise DatasetError("run-mismatch", f"expected the genotype that was trained in {folder}, found another")

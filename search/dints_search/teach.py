@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from dints_deploy.catalog.dataset import Case
 from dints_deploy.errors import DatasetError
-from dints_deploy.files import sha256_file
 from dints_search.network import DiNTSNetwork
 from dints_search.precision import autocast
 from dints_search.recipe import Recipe
-from dints_search.run import WEIGHTS, seen_cases, trained_network
+from dints_search.run import seen_cases, trained_network
 
 
 @dataclass(frozen=True)
@@ -49,30 +48,30 @@ class Teachers:
         return torch.stack([each.float().softmax(dim=1) for each in logits]).mean(dim=0)
 
 
-def open_teachers(runs: Sequence[Path], recipe: Recipe, validation: Sequence[Case], device: str) -> Teachers:
+def open_teachers(runs: Sequence[Path], recipe: Recipe, unseen: Sequence[Case], device: str) -> Teachers:
     """Return the networks of finished runs as teachers of a training with this recipe.
 
     Args:
         runs: folders of finished runs on the same preparation and labels.
         recipe: of the training.
-        validation: cases of its fold that no teacher may have seen.
+        unseen: cases that the training leaves out, and that no teacher may have seen.
         device: where the training runs.
 
     Raises:
-        DatasetError: as for `open_origin`.
+        DatasetError: as for `continue_from`.
     """
-    networks = tuple(_finished(run, recipe, validation).to(device) for run in runs)
+    networks = tuple(_finished(run, recipe, unseen).to(device) for run in runs)
     return Teachers(networks, recipe.retraining.teaching, recipe.retraining.precision)
 
 
-def continue_from(run: Path, network: nn.Module, recipe: Recipe, validation: Sequence[Case]) -> None:
+def continue_from(run: Path, network: nn.Module, recipe: Recipe, unseen: Sequence[Case]) -> None:
     """Give a network the weights of a finished run of the same shape.
 
     Raises:
         DatasetError: `run-mismatch` when the run's network, preparation or labels are others, `cases-seen` when it was
-            trained on a case of `validation`, `checkpoint-invalid` when it is not finished.
+            trained on an unseen case, `checkpoint-invalid` when it is not finished.
     """
-    trained = _finished(run, recipe, validation)
+    trained = _finished(run, recipe, unseen)
     try:
         network.load_state_dict(trained.state_dict())
     except RuntimeError as error:
@@ -81,17 +80,17 @@ def continue_from(run: Path, network: nn.Module, recipe: Recipe, validation: Seq
         ) from error
 
 
-def _finished(run: Path, recipe: Recipe, validation: Sequence[Case]) -> DiNTSNetwork:
-    """Return a finished run that speaks of the same thing and does not give the validation part away."""
+def _finished(run: Path, recipe: Recipe, unseen: Sequence[Case]) -> DiNTSNetwork:
+    """Return a finished run that speaks of the same thing and gives no unseen case away."""
     config, network = trained_network(run)
     if _meaning(config.recipe) != _meaning(recipe):
         raise DatasetError(
             "run-mismatch", f"expected {run} to prepare scans and name labels as {recipe.task} does, found another way"
         )
-    if seen := seen_cases(config, validation):
+    if seen := seen_cases(config, unseen):
         raise DatasetError(
             "cases-seen",
-            f"expected no validation case among the training cases of {run}, found {seen[0]}: choose a run of the same "
+            f"expected {run} to know no case that this training leaves out, found {seen[0]}: choose a run of the same "
             "fold",
         )
     return network
@@ -100,9 +99,3 @@ def _finished(run: Path, recipe: Recipe, validation: Sequence[Case]) -> DiNTSNet
 def _meaning(recipe: Recipe) -> tuple[Any, ...]:
     """Return what a network's input and output mean; the window may differ, the network is convolutional."""
     return recipe.spacing, [channel.intensity for channel in recipe.channels], recipe.label_names
-
-
-def weights_digest(run: Path) -> str:
-    """Return the SHA-256 of a finished run's weights; an empty text where there are none."""
-    path = run / WEIGHTS
-    return sha256_file(path) if path.is_file() else ""
