@@ -123,7 +123,7 @@ def test_a_run_begins_with_the_weights_it_is_given(school: Path, tmp_path: Path)
 def test_a_taught_run_that_stops_goes_on_to_the_same_weights_and_only_with_the_same_teachers(
     school: Path, tmp_path: Path
 ) -> None:
-    taught = {"origin": school / "a", "teachers": [school / "a", school / "b"]}
+    taught: dict[str, Any] = {"origin": school / "a", "teachers": [school / "a", school / "b"]}
     whole = learn(school, tmp_path / "whole", **taught)
 
     def stop(step: int, loss: float, rate: float) -> None:
@@ -132,7 +132,8 @@ def test_a_taught_run_that_stops_goes_on_to_the_same_weights_and_only_with_the_s
 
     with pytest.raises(KeyboardInterrupt):
         learn(school, tmp_path / "stopped", report=stop, **taught)
-    for other in ({}, {"origin": school / "a"}, taught | {"origin": school / "b"}):
+    others: tuple[dict[str, Any], ...] = ({}, {"origin": school / "a"}, taught | {"origin": school / "b"})
+    for other in others:
         with pytest.raises(DatasetError) as caught:
             learn(school, tmp_path / "stopped", resume=True, **other)
         assert caught.value.code == "run-mismatch"
@@ -140,6 +141,11 @@ def test_a_taught_run_that_stops_goes_on_to_the_same_weights_and_only_with_the_s
     assert again.read_bytes() == whole.read_bytes()
     assert whole.read_bytes() != learn(school, tmp_path / "alone", origin=school / "a").read_bytes()
     assert len(read_config(tmp_path / "whole").teachers) == 2
+
+
+def taught_by(run: Path, use: str) -> dict[str, Any]:
+    """Return how a run is built on another."""
+    return {use: run if use == "origin" else [run]}
 
 
 @pytest.mark.parametrize("use", ["origin", "teachers"])
@@ -154,7 +160,7 @@ def test_a_run_that_cannot_teach_is_refused_and_leaves_no_folder(school: Path, t
         refusals.append((school / "wide", "run-mismatch"))
     for other, code in refusals:
         with pytest.raises(DatasetError) as caught:
-            learn(school, tmp_path / "run", **{use: other if use == "origin" else [other]})
+            learn(school, tmp_path / "run", **taught_by(other, use))
         assert caught.value.code == code
         assert other.name in str(caught.value)
         assert not (tmp_path / "run").exists()
