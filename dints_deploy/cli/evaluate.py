@@ -31,6 +31,7 @@ def evaluate_command(
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnx.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Of a run: cpu or cuda:N.")] = "cpu",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON here too.")] = None,
     submission: Annotated[
         Path | None, typer.Option(help="Predict the task's unlabelled cases instead and pack them: .zip or .tar.gz.")
@@ -51,7 +52,7 @@ def evaluate_command(
         if model is not None:
             spec, result, about = _entry(model, data, fold, engine, precision)
         else:
-            spec, result, about = _run(run, data, fold)
+            spec, result, about = _run(run, data, fold, device)
         if plot is not None:
             _plot(plot, spec, result)
         document = {**about, "fold": fold, **result.as_dict()}
@@ -76,13 +77,13 @@ def _entry(
     return entry.spec, result, {**about, "engine": info.engine, "precision": info.precision}
 
 
-def _run(run: Path | None, data: Path, fold: int | None) -> tuple[Entry, Evaluation, dict[str, Any]]:
+def _run(run: Path | None, data: Path, fold: int | None, device: str) -> tuple[Entry, Evaluation, dict[str, Any]]:
     with needs_search_extra("evaluate --run"):
         from dints_search.evaluate import evaluate_run
     if run is None:
         raise UsageError("usage", "expected --run RUN")
     with progress("evaluate") as report:
-        spec, result = evaluate_run(run, read_dataset(data), fold, progress=report)
+        spec, result = evaluate_run(run, read_dataset(data), fold, device=device, progress=report)
     return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32"}
 
 

@@ -54,6 +54,7 @@ def search_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe, such as search.architecture_rate=0.01.")
     ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep prepared cases in this folder, not in memory.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search a network on one fold's training part, decode it, and draw it; resumable at any time.
@@ -81,7 +82,8 @@ def search_command(
         )
         choice = Choice(decode, max_gmac, max_memory, max_latency, joint)
         with progress("search") as bar:
-            chosen = _search(recipe, choice, data, out, bar, fold=fold, seed=seed, resume=resume, device=device)
+            options = {"fold": fold, "seed": seed, "resume": resume, "device": device, "cache": cache}
+            chosen = _search(recipe, choice, data, out, bar, **options)
         _tell(out, chosen, as_json)
 
 

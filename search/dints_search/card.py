@@ -29,7 +29,7 @@ $scores
 - $members of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
   $gmac GMAC for a window of $window voxels.
 - $steps steps of $batch, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
-  The weights are the running average (EMA $ema) after the last step.
+  The weights are the running average (EMA $ema) after the last step.$school
 - Code of the training: commit `$commit`.
 - Exported to ONNX; the largest difference of a logit to torch, over both CPU engines, is $parity (`parity.json`).
 
@@ -85,6 +85,7 @@ def write_card(
         precision=retraining.precision,
         seed=", ".join(str(c.seed) for c in configs),
         ema=f"{retraining.ema:g}",
+        school=_school(config),
         commit=config.commit,
         parity=f"{worst:.2g}",
         retrain="\n".join(
@@ -104,10 +105,22 @@ def _retrain(name: str, config: RunConfig, run: str) -> str:
     entry, data = f"zoo/{name}", config.recipe.task
     alone = config.processes == 1
     program = "dints-deploy" if alone else f"torchrun --nproc-per-node {config.processes} -m dints_deploy"
+    school = ["--from RUN"] * bool(config.origin) + ["--teacher RUN"] * len(config.teachers)
     return (
         f"{program} retrain --genotype {entry}/genotype.json --task {entry}/{RECIPE_FILE} --data {data} \\\n"
-        f"    --fold {config.fold} --seed {config.seed} --out {run}"
+        f"    {' '.join(['--fold', str(config.fold), '--seed', str(config.seed), *school, '--out', run])}"
     )
+
+
+def _school(config: RunConfig) -> str:
+    """Say what a run built on: earlier weights, and teachers."""
+    text = f"\n- The first weights were those of an earlier run (SHA-256 {config.origin})." if config.origin else ""
+    if config.teachers:
+        share, teachers = config.recipe.retraining.teaching, ", ".join(config.teachers)
+        text += (
+            f"\n- {share:g} of the target was the mean opinion of earlier runs (SHA-256 of their weights: {teachers})."
+        )
+    return text
 
 
 def _batch(config: RunConfig) -> str:

@@ -12,6 +12,7 @@ from dints_search.gap import (
     GapTable,
     Progress,
     all_decoded,
+    keep_retrained,
     measure_gap,
     measure_retrained,
     read_gap,
@@ -73,6 +74,7 @@ def report(
     budget = TIGHT * actual_cost(chosen.genotype, recipe, "GMAC")
     decoded[f"at most {budget:.3g} GMAC"] = within_work(found.network, recipe, budget)
     gap = measure_gap(found.network, decoded, found.parts.held_out, recipe, device=found.device, progress=progress)
+    gap = keep_retrained(gap, folder)
     write_gap(folder, gap)
     write_report(folder, chosen, gap)
     return gap

@@ -95,7 +95,7 @@ def crossval(
             recipe, genotype, dataset, run, fold=fold, seed=seed, resume=True, device=device, cache=cache, report=step
         )
         if not (run / EVALUATION).exists():
-            _, evaluation = evaluate_run(run, dataset, fold)
+            _, evaluation = evaluate_run(run, dataset, fold, device=device)
             write_text(run / EVALUATION, json.dumps(evaluation.as_dict(), indent=1) + "\n")
         evaluations[fold] = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
     result = sum_up(evaluations, recipe.labels)

@@ -13,6 +13,7 @@ from dints_deploy.catalog.strict import faults
 from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.evaluate import Evaluation, evaluate
+from dints_search.fits import check_device
 from dints_search.run import RunConfig, seen_cases, trained_network
 from dints_search.torch_engine import TorchSession
 
@@ -69,13 +70,16 @@ def evaluate_run(
     dataset: Dataset,
     fold: int | None = None,
     *,
+    device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Entry, Evaluation]:
     """Measure a finished run on the validation part of its fold, with torch in fp32.
 
     Raises:
         DatasetError: `cases-seen` when a case of that part was trained on, by id or by content.
+        UsageError: this machine has no such device.
     """
+    check_device(device)
     config, network = trained_network(run)
     wanted = config.fold if fold is None else fold
     if wanted is None:
@@ -86,4 +90,4 @@ def evaluate_run(
             "cases-seen", f"expected unseen cases, the run was trained on {known[0]}: choose its own fold"
         )
     spec = entry_of([config], "run")
-    return spec, evaluate(validation, spec, [TorchSession(network)], progress=progress)
+    return spec, evaluate(validation, spec, [TorchSession(network, device=device)], progress=progress)

@@ -54,6 +54,16 @@ def check_device(device: str) -> None:
         raise UsageError("usage", f"expected --device cpu on this machine, which {there}, found {device}")
 
 
+def check_precision(precision: str, device: str) -> None:
+    """Refuse fp16 without a GPU: a CPU computes it slowly, and bf16 there needs no scaled gradients.
+
+    Raises:
+        DatasetError: `recipe-invalid`.
+    """
+    if precision == "fp16" and torch.device(device).type == "cpu":
+        raise DatasetError("recipe-invalid", "expected fp32 or bf16 on a CPU, found fp16: give --precision bf16")
+
+
 def _check_window(what: str, window: tuple[int, int, int], depths: int, advice: str) -> None:
     multiple = 2**depths
     if any(n % multiple for n in window):

@@ -153,6 +153,16 @@ def measure_retrained(table: GapTable, run: Path, dataset: Dataset, *, device: s
     return table.model_copy(update={"rows": (*others, measured)})
 
 
+def keep_retrained(table: GapTable, folder: Path) -> GapTable:
+    """Return the table with the retrained networks of the one in `folder`, where that is of the same cases.
+
+    A search that is resumed after its end is measured again; retrainings since then are not.
+    """
+    if not (folder / GAP_FILE).is_file() or (kept := read_gap(folder)).cases != table.cases:
+        return table
+    return table.model_copy(update={"rows": (*table.rows, *(row for row in kept.rows if row.stage == RETRAINED))})
+
+
 def topology_digest(genotype: Genotype) -> str:
     """Return the digest of what a decoder decides: edges and operations, not how their network is built."""
     return genotype.model_copy(update={"up": "reference", "direct_skip": False}).digest()

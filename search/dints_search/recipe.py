@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -202,6 +202,8 @@ def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """Return the recipe with figures replaced, each given as NAME=VALUE: a dotted path, and a value as in TOML.
 
+    Entries of a list are numbered from 0: `labels.1.nsd_tolerance=2`.
+
     Raises:
         DatasetError: `recipe-invalid` when a path or a value is not one of a recipe.
     """
@@ -209,12 +211,13 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     for setting in settings:
         path, _, text = setting.partition("=")
         *parents, last = path.strip().split(".")
-        place = fields
+        place: Any = fields
         try:
             for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, AttributeError, TypeError) as error:
+                place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+            value = tomllib.loads(f"value = {text}")["value"]
+            place[int(last) if isinstance(place, list) else last] = value
+        except (ValueError, AttributeError, TypeError, IndexError) as error:
             raise DatasetError("recipe-invalid", f"expected NAME=VALUE as in the recipe, found {setting!r}") from error
     try:
         return Recipe.model_validate_json(json.dumps(fields))

@@ -21,7 +21,7 @@ from dints_search.bilevel import architecture_step, parameters_of, unrolled_step
 from dints_search.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from dints_search.cost import CostTable, Setting, memory_table, reference_memory
 from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
-from dints_search.fits import check_search_fits, search_window
+from dints_search.fits import check_precision, check_search_fits, search_window
 from dints_search.losses import ArchitectureLoss, architecture_loss
 from dints_search.metrics import Figures, Metrics
 from dints_search.precision import autocast
@@ -101,6 +101,7 @@ def search(
     seed: int = 0,
     resume: bool = False,
     device: str = "cpu",
+    cache: Path | None = None,
     report: Report = lambda done, figures: None,
 ) -> Found:
     """Search on the training part of `fold`; return the search network and leave its architecture in `folder`.
@@ -113,10 +114,12 @@ def search(
     training, _ = dataset.fold(fold)
     parts = split_training(training, seed=seed, held_out=recipe.search.held_out)
     with joined(device) as (world, place):
+        check_precision(recipe.search.precision, place)
         config = configure_search(recipe, parts, fold=fold, seed=seed, processes=world.size)
         config = check_search(folder, config, resume=resume)
         patches = [
-            _patches(recipe, part, world, seed=seed + n) for n, part in enumerate((parts.weights, parts.architecture))
+            _patches(recipe, part, world, seed=seed + n, cache=cache)
+            for n, part in enumerate((parts.weights, parts.architecture))
         ]
         world.wait()  # every process has looked at the folder
         if world.writes:
@@ -177,10 +180,11 @@ def search_setting(recipe: Recipe) -> Setting:
     )
 
 
-def _patches(recipe: Recipe, part: Sequence[Case], world: World, *, seed: int) -> Patches:
+def _patches(recipe: Recipe, part: Sequence[Case], world: World, *, seed: int, cache: Path | None) -> Patches:
     """Read the cases of one part; return the patches that all processes take of them."""
     window = search_window(recipe)
-    cases = load_cases(part, recipe.preparation.model_copy(update={"window": window}), recipe.label_names)
+    preparation = recipe.preparation.model_copy(update={"window": window})
+    cases = load_cases(part, preparation, recipe.label_names, cache=cache)
     check_classes(cases, recipe.label_names)
     return Patches(
         cases,

@@ -358,6 +358,17 @@ def test_the_card_of_a_run_of_two_processes_counts_the_patches_of_both_and_repea
     assert "torchrun --nproc-per-node 2 -m dints_deploy retrain --genotype" in card
 
 
+def test_the_card_of_a_taught_run_names_its_teachers_and_where_it_began(place: Path) -> None:
+    config, _ = trained_network(place / "run0")
+    plain = card_of(place, config, metrics(place))
+    assert "earlier run" not in plain
+    config = config.model_copy(update={"origin": "ab12", "teachers": ("cd34", "ef56")})
+    card = card_of(place, config, metrics(place))
+    assert "those of an earlier run (SHA-256 ab12)" in card
+    assert "0.5 of the target was the mean opinion of earlier runs (SHA-256 of their weights: cd34, ef56)" in card
+    assert "--from RUN --teacher RUN --teacher RUN --out runs/balls" in card
+
+
 def test_a_case_without_any_label_still_gives_a_parity_window(place: Path, tmp_path: Path) -> None:
     config, _ = trained_network(place / "run0")
     case = training_cases(place)[0]

@@ -50,6 +50,48 @@ def test_a_search_leaves_what_a_person_wants_to_see(alone: Path) -> None:
     assert {"L_seg", "L_alpha", "L_eta", "L_tp", "L_m", "usage"} <= set(read_metrics(alone)[-1])
 
 
+def test_cases_that_are_kept_in_a_folder_are_searched_on_as_those_in_memory(machine: Machine, alone: Path) -> None:
+    words = ["search", "--task", "tiny.toml", "--data", "task", "--out", "cached", "--cache", "cache", *SETTINGS]
+    assert machine.run(*words).code == 0
+    assert any((machine.folder / "cache").iterdir())
+    assert (machine.folder / "cached" / "genotype.json").read_bytes() == (alone / "genotype.json").read_bytes()
+    for one, other in zip(read_metrics(alone), read_metrics(machine.folder / "cached"), strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "advice"),
+    [
+        (("--precision", "fp16"), "recipe-invalid", "--precision bf16"),
+        (("--device", "cuda:99"), "usage", "--device cpu"),
+    ],
+)
+def test_what_this_machine_cannot_search_with_is_told_and_leaves_no_folder(
+    machine: Machine, words: tuple[str, ...], code: str, advice: str
+) -> None:
+    said = machine.run("search", "--task", "tiny.toml", "--data", "task", "--out", "no", "--json", *SETTINGS, *words)
+    assert said.code in (1, 2)
+    error = json.loads(said.out)["error"]
+    assert (error["code"], advice in error["message"]) == (code, True)
+    assert not (machine.folder / "no").exists()
+
+
+def test_a_run_is_taught_by_another_and_measured_on_the_device_that_is_named(machine: Machine) -> None:
+    write_genotype(machine.folder / "genotype.json")
+    words: list[object] = ["retrain", "--genotype", "genotype.json", "--task", "tiny.toml", "--data", "task", "--json"]
+    words += ["--steps", 4, "--threads", 1]
+    assert machine.run(*words, "--out", "first").code == 0
+    done = machine.run(*words, "--out", "second", "--from", "first", "--teacher", "first", "--seed", 1)
+    assert done.code == 0, done.err
+    first, second = (read_config(machine.folder / run) for run in ("first", "second"))
+    assert (first.origin, first.teachers) == (None, ())
+    assert second.teachers == (second.origin,)
+    measure = ["evaluate", "--run", "second", "--data", "task", "--json"]
+    assert machine.run(*measure, "--device", "cpu").json["summary"]["cases"] > 0
+    refused = machine.run(*measure, "--device", "cuda:99")
+    assert (refused.code, json.loads(refused.out)["error"]["code"]) == (2, "usage")
+
+
 def in_two_processes(machine: Machine, *words: object) -> str:
     """Run a command of dints-deploy in two processes and return what they printed."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -88,6 +130,9 @@ def test_retraining_a_searchs_network_leaves_out_what_the_search_held_out_and_re
     held_out = read_search_config(alone).held_out
     assert held_out
     assert not set(held_out) & set(read_config(alone.parent / "again").cases)
+    assert "| retrained, dints |" in (alone / "report.md").read_text(encoding="utf-8")
+    resumed = machine.run("search", "--task", "tiny.toml", "--data", "task", "--out", "alone", "--resume", *SETTINGS)
+    assert resumed.code == 0, resumed.err  # nothing is left to search, but the gap is measured again
     assert "| retrained, dints |" in (alone / "report.md").read_text(encoding="utf-8")
     both = machine.run(*words, "--genotype", str(alone / "genotype.json"))
     assert both.code == 2

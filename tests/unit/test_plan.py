@@ -136,6 +136,9 @@ def test_a_plan_is_a_recipe_that_keeps_a_persons_words_and_can_be_read_and_chang
     assert read_recipe(path) == recipe
     changed = override(recipe, ["window = [8, 8, 8]", "retraining.augmentation.noise = 0.5"])
     assert (changed.window, changed.retraining.augmentation.noise) == ((8, 8, 8), 0.5)
+    changed = override(recipe, ["labels.1.nsd_tolerance = 2.5", "labels.0.colour.2 = 7"])
+    assert [label.nsd_tolerance for label in changed.labels] == [recipe.labels[0].nsd_tolerance, 2.5]
+    assert changed.labels[0].colour == (*recipe.labels[0].colour[:2], 7)
 
 
 def test_a_task_that_nobody_described_gets_a_recipe_to_complete(tmp_path: Path) -> None:
@@ -161,6 +164,8 @@ WRONG = [
     "nothing",
     "batch = [",
     "labels = []",
+    "labels.2.nsd_tolerance = 1",
+    "labels.first.nsd_tolerance = 1",
 ]
 
 
