@@ -51,7 +51,7 @@ def entry_of(configs: list[RunConfig], name: str, version: str = "0.0.0") -> Ent
             training=Training(
                 task=recipe.task,
                 fold=configs[0].fold if len(folds) == 1 else None,
-                cases={case: digest for config in configs for case, digest in config.cases.items()},
+                cases={case: digest for config in configs for case, digest in config.all_cases.items()},
                 commit=configs[0].commit,
             ),
         )

@@ -137,7 +137,7 @@ def measure_retrained(table: GapTable, run: Path, dataset: Dataset, *, device: s
         DatasetError: `cases-seen` when the run was trained on one of them, `checkpoint-invalid` when it is unfinished.
     """
     config, network = trained_network(run)
-    if seen := [case for case in table.cases if case in config.cases]:
+    if seen := [case for case in table.cases if case in config.all_cases]:
         raise DatasetError(
             "cases-seen", f"expected a run without the held-out cases, {run} was trained on {seen[0]}: retrain without"
         )

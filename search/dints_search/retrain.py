@@ -30,7 +30,16 @@ from dints_search.genotype import Genotype
 from dints_search.metrics import Figures, Metrics, read_metrics
 from dints_search.precision import autocast
 from dints_search.recipe import Recipe, Retraining
-from dints_search.run import WEIGHTS, RunConfig, build_network, check_run, configure, finished_weights, open_run
+from dints_search.run import (
+    WEIGHTS,
+    RunConfig,
+    build_network,
+    check_run,
+    configure,
+    finished_weights,
+    open_run,
+    read_config,
+)
 from dints_search.segmentation_loss import check_finite, segmentation_loss
 from dints_search.teach import Teachers, continue_from, open_teachers
 from dints_search.world import World, joined
@@ -108,7 +117,7 @@ def retrain(
     unseen = tuple(case for case in dataset.cases if case not in training)
     with joined(device) as (world, place):
         config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
-        config = config.model_copy(update=_schooling(origin, teachers))
+        config = config.model_copy(update=_schooling(origin, teachers, config.cases))
         config = check_run(folder, config, resume=resume)
         patches = _patches(recipe, training, world, seed=seed, cache=cache)
         school = open_teachers(teachers, recipe, unseen, place)
@@ -130,10 +139,14 @@ def retrain(
     return folder / WEIGHTS
 
 
-def _schooling(origin: Path | None, teachers: Sequence[Path]) -> dict[str, Any]:
-    """Return what a configuration says of other runs that this one builds on."""
-    digests = [sha256_file(finished_weights(run)) for run in ([origin] if origin else []) + list(teachers)]
-    return {"origin": digests.pop(0) if origin else None, "teachers": tuple(digests)}
+def _schooling(origin: Path | None, teachers: Sequence[Path], cases: Collection[str]) -> dict[str, Any]:
+    """Return what a configuration with these cases says of other runs that it builds on."""
+    runs = [*([] if origin is None else [origin]), *teachers]
+    digests = [sha256_file(finished_weights(run)) for run in runs]
+    theirs = [item for run in runs for item in read_config(run).all_cases.items()]
+    known = {case: digest for case, digest in theirs if case not in cases}
+    first = None if origin is None else digests.pop(0)
+    return {"origin": first, "teachers": tuple(digests), "known": known}
 
 
 def _patches(recipe: Recipe, training: Sequence[Case], world: World, *, seed: int, cache: Path | None) -> Patches:

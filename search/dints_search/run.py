@@ -39,6 +39,7 @@ class RunConfig(Strict):
             before they were kept.
         origin: SHA-256 of the weights that the training began with, where those were a finished run's.
         teachers: SHA-256 of the weights of the runs whose opinion it learned.
+        known: id -> SHA-256 of the image of further cases, which those runs were trained on.
         commit: of the code, for the record; it does not decide whether a checkpoint fits.
     """
 
@@ -52,7 +53,13 @@ class RunConfig(Strict):
     labels: dict[str, str] = Field(default_factory=dict, exclude_if=lambda labels: not labels)
     origin: str | None = Field(default=None, exclude_if=lambda origin: origin is None)
     teachers: tuple[str, ...] = Field(default=(), exclude_if=lambda teachers: not teachers)
+    known: dict[str, str] = Field(default_factory=dict, exclude_if=lambda known: not known)
     commit: str
+
+    @property
+    def all_cases(self) -> dict[str, str]:
+        """Return every case that the weights depend on: id -> SHA-256 of the image."""
+        return self.known | self.cases
 
     def digest(self) -> str:
         """Return a digest of what decides the result; a checkpoint belongs to exactly one."""
@@ -117,8 +124,9 @@ def open_run(folder: Path, config: RunConfig, genotype: Genotype) -> None:
 
 def seen_cases(config: RunConfig, cases: Sequence[Case]) -> list[str]:
     """Return the ids of those cases that a run was trained on, known by id or by content."""
-    digests = set(config.cases.values())
-    return [case.id for case in cases if case.id in config.cases or sha256_file(case.image) in digests]
+    known = config.all_cases
+    digests = set(known.values())
+    return [case.id for case in cases if case.id in known or sha256_file(case.image) in digests]
 
 
 def read_config(folder: Path) -> RunConfig:

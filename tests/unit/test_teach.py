@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from dints_deploy.catalog.dataset import read_dataset
 from dints_deploy.errors import DatasetError
+from dints_search.evaluate import entry_of
 from dints_search.recipe import Retraining
 from dints_search.retrain import retrain, start, train_step
 from dints_search.run import read_config
@@ -176,3 +178,19 @@ def test_a_case_held_out_of_a_training_is_held_out_of_its_teachers_too(school: P
         learn(school, tmp_path / "run", teachers=[school / "a"], without={known})
     assert caught.value.code == "cases-seen"
     assert known in str(caught.value)
+
+
+def test_an_entry_that_learned_from_strangers_knows_their_cases(school: Path, tmp_path: Path) -> None:
+    write_task(tmp_path / "task", seed=1)
+    renamed = read_config(learn(tmp_path, tmp_path / "strangers").parent)
+    other = {f"other-{case}": digest for case, digest in renamed.cases.items()}
+    text = renamed.model_copy(update={"cases": other}).model_dump(mode="json", exclude_none=True)
+    (tmp_path / "strangers" / "config.toml").write_text(tomli_w.dumps(text))
+    taught = read_config(learn(school, tmp_path / "run", teachers=[tmp_path / "strangers"]).parent)
+    again = read_config(learn(school, tmp_path / "again", teachers=[school / "a", tmp_path / "run"]).parent)
+    for config in (taught, again):
+        assert config.known == other
+        training = entry_of([config], "taught").training
+        assert training is not None
+        assert training.cases == config.cases | other
+    assert read_config(school / "a").all_cases == read_config(school / "a").cases
