@@ -1,12 +1,13 @@
 """Random changes of a batch of training patches, on the device where the training runs; nnU-Net's set and order.
 
 Every item is changed by its own seed alone, so a batch of four is two batches of two, on one process or on several.
+What each item gets is drawn first; the arithmetic then runs once for all items that get a change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,16 +16,19 @@ from torch.nn import functional
 
 from dints_deploy.catalog.preparation import Channel
 from dints_search.recipe import Augmentation
+from dints_search.warp import Rng, as_tensor, either_side_of_one, sample, sampling_grids, shift, warp_labels
 
 AXES: Final = {"i": 2, "j": 3, "k": 4}
 """Dimension of each axis in a batch (N, C, I, J, K)."""
 
-ELASTIC_CONTROL: Final = (4, 4, 4)
-"""Control points of an elastic deformation along each axis."""
+SPACE: Final = (2, 3, 4)
+"""Dimensions of the voxels in a batch."""
 
-Rng = np.random.Generator
-Change = Callable[[Tensor, Augmentation, Rng], Tensor]
-"""Maps one image (C, I, J, K) to a changed one."""
+Rngs = Sequence[Rng]
+"""One random generator for each item of a batch."""
+
+Change = Callable[[Tensor, Augmentation, Rngs], Tensor]
+"""Maps images (N, C, I, J, K) to changed ones."""
 
 
 class Augmenter:
@@ -41,159 +45,115 @@ class Augmenter:
 
     def __call__(self, image: Tensor, label: Tensor, *, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the changed images (N, C, I, J, K) float32 and labels (N, 1, I, J, K) int64."""
-        pairs = [self._change(x, y, np.random.default_rng(s)) for x, y, s in zip(image, label, seeds, strict=True)]
-        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+        rngs = [np.random.default_rng(seed) for seed in seeds]
+        image, label = self._warped(*self._shifted(image, label, rngs), rngs)
+        for name, change in INTENSITY:
+            chosen = _those_with(getattr(self.settings, name), rngs)
+            if chosen:
+                image[chosen] = change(image[chosen], self.settings, [rngs[n] for n in chosen])
+        for axis in self.settings.mirror:
+            chosen = _those_with(0.5, rngs)
+            flips = torch.tensor([n in chosen for n in range(len(rngs))], device=image.device).view(-1, 1, 1, 1, 1)
+            image, label = (torch.where(flips, each.flip(AXES[axis]), each) for each in (image, label))
+        return image, label
 
-    def _change(self, image: Tensor, label: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
-        settings = self.settings
-        if rng.random() < settings.translation:
-            voxels = [round(rng.uniform(-most, most)) for most in settings.translation_range]
-            image, label = shift(image, voxels, self._around(image)), shift(label, voxels, 0)
-        if (grid := sampling_grid(tuple(label.shape[1:]), settings, rng, image.device)) is not None:
-            around = self._around(image)
-            image, label = sample(image - around, grid) + around, warp_label(label, grid)
-        for probability, change in INTENSITY:
-            if rng.random() < getattr(settings, probability):
-                image = change(image, settings, rng)
-        flips = [AXES[axis] - 1 for axis in settings.mirror if rng.random() < 0.5]
-        return (image.flip(flips), label.flip(flips)) if flips else (image, label)
+    def _shifted(self, image: Tensor, label: Tensor, rngs: Rngs) -> tuple[Tensor, Tensor]:
+        """Return a copy with some items moved by whole voxels: from here on the batch is our own to write to."""
+        images, labels = list(image), list(label)
+        for n in _those_with(self.settings.translation, rngs):
+            voxels = [round(rngs[n].uniform(-most, most)) for most in self.settings.translation_range]
+            images[n] = shift(image[n], voxels, self._around(image[n : n + 1])[0])
+            labels[n] = shift(label[n], voxels, 0)
+        return torch.stack(images), torch.stack(labels)
+
+    def _warped(self, image: Tensor, label: Tensor, rngs: Rngs) -> tuple[Tensor, Tensor]:
+        """Rotate, scale and bend some items, all in one interpolation."""
+        chosen, grids = sampling_grids(tuple(image.shape[2:]), self.settings, rngs, image.device)
+        if chosen:
+            around = self._around(image[chosen])
+            image[chosen] = sample(image[chosen] - around, grids) + around
+            label[chosen] = warp_labels(label[chosen], grids)
+        return image, label
 
     def _around(self, image: Tensor) -> Tensor:
-        """Return what lies around a scan, (C, 1, 1, 1)."""
-        around = torch.zeros(len(image), 1, 1, 1, device=image.device)
+        """Return what lies around scans, (N, C, 1, 1, 1)."""
+        around = torch.zeros(*image.shape[:2], 1, 1, 1, device=image.device)
         for channel in self._lowest_around:
-            around[channel] = image[channel].min()
+            around[:, channel] = image[:, channel].amin(dim=(1, 2, 3), keepdim=True)
         return around
 
 
-def shift(volume: Tensor, voxels: Sequence[int], around: Tensor | int) -> Tensor:
-    """Return (C, I, J, K) moved by whole voxels: unlike an interpolation, that blurs nothing."""
-    moved = torch.zeros_like(volume) + around
-    to = tuple(slice(max(0, v), n + min(0, v)) for v, n in zip(voxels, volume.shape[1:], strict=True))
-    source = tuple(slice(max(0, -v), n + min(0, -v)) for v, n in zip(voxels, volume.shape[1:], strict=True))
-    moved[(slice(None), *to)] = volume[(slice(None), *source)]
-    return moved
+def _those_with(probability: float, rngs: Rngs) -> list[int]:
+    """Draw for every item whether it gets a change; return the numbers of those that do."""
+    return [n for n, rng in enumerate(rngs) if rng.random() < probability]
 
 
-def sampling_grid(shape: tuple[int, ...], a: Augmentation, rng: Rng, device: torch.device) -> Tensor | None:
-    """Return where each voxel of a changed patch is read from, (I, J, K, 3) for `grid_sample`; None for no change."""
-    rotated, scaled, bent = (rng.random() < p for p in (a.rotation, a.scaling, a.elastic))
-    if not (rotated or scaled or bent):
-        return None
-    matrix = _rotation(rng.uniform(-1, 1, 3) * a.rotation_range) if rotated else np.eye(3)
-    if scaled:
-        matrix = matrix / _either_side_of_one(rng, a.scaling_range)  # larger structures are read more densely
-    centre = (np.array(shape) - 1) / 2
-    axes = [torch.arange(n, device=device, dtype=torch.float32) - c for n, c in zip(shape, centre, strict=True)]
-    voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (I, J, K, 3), from the centre
-    voxels = voxels @ _tensor(matrix.T, device) + _tensor(centre, device)
-    if bent:
-        control = rng.normal(0, a.elastic_voxels, (1, 3, *ELASTIC_CONTROL))
-        bend = functional.interpolate(_tensor(control, device), shape, mode="trilinear", align_corners=True)
-        voxels = voxels + bend[0].movedim(0, -1)
-    scale = _tensor([2 / max(n - 1, 1) for n in shape], device)
-    return (voxels * scale - 1).flip(-1)  # grid_sample wants k, j, i from -1 to 1
+def _each(image: Tensor, rngs: Rngs, draw: Callable[[Rng], float]) -> Tensor:
+    """Return a value drawn for each channel of each item, (N, C, 1, 1, 1)."""
+    values = [[draw(rng) for _ in range(image.shape[1])] for rng in rngs]
+    return as_tensor(values, image.device).view(*image.shape[:2], 1, 1, 1)
 
 
-def sample(image: Tensor, grid: Tensor) -> Tensor:
-    """Return an image (C, I, J, K) read at `grid`, trilinearly, with zeros around it."""
-    return functional.grid_sample(image[None], grid[None], align_corners=True)[0]
+def _noise(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
+    noise = []
+    for rng in rngs:
+        generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**63)))
+        drawn = torch.randn(image.shape[1:], generator=generator, device=image.device)
+        noise.append(drawn * rng.uniform(0, a.noise_std))
+    return image + torch.stack(noise)
 
 
-def warp_label(label: Tensor, grid: Tensor) -> Tensor:
-    """Return a label map (1, I, J, K) read at `grid`: the class of the largest interpolated share of each voxel.
-
-    Borders keep their place between voxels, which the nearest voxel's label would shift by up to a half.
-    """
-    best = torch.zeros_like(label)
-    largest = torch.zeros(label.shape, device=label.device)
-    background = torch.ones_like(largest)
-    for value in torch.unique(label).tolist():
-        if value == 0:
-            continue
-        share = sample((label == value).float(), grid)
-        background = background - share
-        best = torch.where(share > largest, value, best)
-        largest = torch.maximum(share, largest)
-    return torch.where(background > largest, 0, best)
-
-
-def _rotation(angles: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
-    matrix = np.eye(3)
-    for axis, angle in enumerate(angles):
-        one, two = [other for other in range(3) if other != axis]
-        turn = np.eye(3)
-        turn[one, one] = turn[two, two] = np.cos(angle)
-        turn[one, two], turn[two, one] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
-    return matrix
-
-
-def _either_side_of_one(rng: Rng, limits: tuple[float, float]) -> float:
-    """Draw below or above 1 with equal chance: a uniform draw from 0.7 .. 1.5 would rarely be below."""
-    low, high = limits
-    return float(rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high))
-
-
-def _tensor(values: Any, device: torch.device) -> Tensor:
-    return torch.as_tensor(np.asarray(values, np.float32), device=device)
-
-
-def _per_channel(image: Tensor, values: list[float]) -> Tensor:
-    return _tensor(values, image.device).view(-1, 1, 1, 1)
-
-
-def _noise(image: Tensor, a: Augmentation, rng: Rng) -> Tensor:
-    generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**63)))
-    noise = torch.randn(image.shape, generator=generator, device=image.device)
-    return image + noise * rng.uniform(0, a.noise_std)
-
-
-def _blur(image: Tensor, a: Augmentation, rng: Rng) -> Tensor:
-    sigma = [rng.uniform(*a.blur_sigma) for _ in image]
-    radius = max(1, round(3 * max(sigma)))
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / np.array(sigma)[:, None]) ** 2)
-    weights = _tensor(taps / taps.sum(1, keepdims=True), image.device)  # (C, 2 radius + 1)
-    for axis in (1, 2, 3):
+def _blur(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
+    sigma = np.array([[rng.uniform(*a.blur_sigma) for _ in range(image.shape[1])] for rng in rngs])  # (N, C)
+    radii = np.maximum(1, np.round(3 * sigma.max(axis=1))).astype(int)  # each item's own, whatever the others have
+    radius = int(radii.max())
+    steps = np.arange(-radius, radius + 1)
+    taps = np.exp(-0.5 * (steps / sigma[..., np.newaxis]) ** 2) * (abs(steps) <= radii[:, np.newaxis, np.newaxis])
+    weights = as_tensor(taps / taps.sum(-1, keepdims=True), image.device)  # (N, C, 2 radius + 1)
+    for axis in SPACE:
         margins = [0, 0, 0, 0, 0, 0]
-        margins[2 * (3 - axis)] = margins[2 * (3 - axis) + 1] = radius
-        padded = functional.pad(image[None], margins, mode="replicate")[0]
+        margins[2 * (4 - axis)] = margins[2 * (4 - axis) + 1] = radius
+        padded = functional.pad(image, margins, mode="replicate")
         length, blurred = image.shape[axis], torch.zeros_like(image)
         for n in range(2 * radius + 1):
-            blurred.addcmul_(padded.narrow(axis, n, length), weights[:, n].view(-1, 1, 1, 1))
+            blurred.addcmul_(padded.narrow(axis, n, length), weights[..., n].view(*weights.shape[:2], 1, 1, 1))
         image = blurred
     return image
 
 
-def _brightness(image: Tensor, a: Augmentation, rng: Rng) -> Tensor:
-    return image * _per_channel(image, [rng.uniform(*a.brightness_range) for _ in image])
+def _brightness(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
+    return image * _each(image, rngs, lambda rng: rng.uniform(*a.brightness_range))
 
 
-def _contrast(image: Tensor, a: Augmentation, rng: Rng) -> Tensor:
-    factor = _per_channel(image, [_either_side_of_one(rng, a.contrast_range) for _ in image])
-    mean, low, high = (f(image, dim=(1, 2, 3), keepdim=True) for f in (torch.mean, torch.amin, torch.amax))
+def _contrast(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
+    factor = _each(image, rngs, lambda rng: either_side_of_one(rng, a.contrast_range))
+    mean, low, high = (f(image, dim=SPACE, keepdim=True) for f in (torch.mean, torch.amin, torch.amax))
     return torch.clamp((image - mean) * factor + mean, low, high)
 
 
-def _low_resolution(image: Tensor, a: Augmentation, rng: Rng) -> Tensor:
-    zoom = rng.uniform(*a.low_resolution_range)
-    small = [max(1, round(n * zoom)) for n in image.shape[1:]]
-    coarse = functional.interpolate(image[None], small, mode="nearest-exact")
-    return functional.interpolate(coarse, image.shape[1:], mode="trilinear")[0]
+def _low_resolution(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
+    """Shrink each item by a factor of its own and enlarge it again; the sizes between differ, so one by one."""
+    changed = []
+    for item, rng in zip(image, rngs, strict=True):
+        zoom = rng.uniform(*a.low_resolution_range)
+        small = [max(1, round(n * zoom)) for n in item.shape[1:]]
+        coarse = functional.interpolate(item[None], small, mode="nearest-exact")
+        changed.append(functional.interpolate(coarse, item.shape[1:], mode="trilinear")[0])
+    return torch.stack(changed)
 
 
-def _gamma(image: Tensor, a: Augmentation, rng: Rng) -> Tensor:
+def _gamma(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
     """Raise each channel, mapped to 0 .. 1, to a power; its mean and deviation stay."""
-    power = _per_channel(image, [_either_side_of_one(rng, a.gamma_range) for _ in image])
-    low, high = (f(image, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    power = _each(image, rngs, lambda rng: either_side_of_one(rng, a.gamma_range))
+    low, high = (f(image, dim=SPACE, keepdim=True) for f in (torch.amin, torch.amax))
     changed = ((image - low) / (high - low).clamp_min(1e-7)) ** power
-    std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
-    new_std, new_mean = torch.std_mean(changed, dim=(1, 2, 3), keepdim=True)
+    std, mean = torch.std_mean(image, dim=SPACE, keepdim=True)
+    new_std, new_mean = torch.std_mean(changed, dim=SPACE, keepdim=True)
     return (changed - new_mean) / new_std.clamp_min(1e-7) * std + mean
 
 
-def _gamma_of_negative(image: Tensor, a: Augmentation, rng: Rng) -> Tensor:
-    return -_gamma(-image, a, rng)
+def _gamma_of_negative(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
+    return -_gamma(-image, a, rngs)
 
 
 INTENSITY: Final[tuple[tuple[str, Change], ...]] = (

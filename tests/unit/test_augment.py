@@ -11,10 +11,11 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from dints_deploy.catalog.preparation import Channel
-from dints_search.augment import Augmenter, sample, sampling_grid, warp_label
+from dints_search.augment import Augmenter
 from dints_search.dataset import Patches, TrainingCase
 from dints_search.recipe import Augmentation
 from dints_search.retrain import batches
+from dints_search.warp import sample, sampling_grids, warp_labels
 
 OFF: dict[str, Any] = {
     "rotation": 0, "scaling": 0, "translation": 0, "elastic": 0, "noise": 0, "blur": 0, "brightness": 0, "contrast": 0,
@@ -221,13 +222,26 @@ def test_a_shift_moves_whole_voxels() -> None:
 def test_a_label_is_interpolated_and_not_taken_from_the_nearest_voxel() -> None:
     image, _ = phantom(2, (24, 24, 24))
     label = ((image > THRESHOLD).long() + (image < -THRESHOLD).long() * 2)  # fmt: skip
-    for seed in range(4):
-        rng = np.random.default_rng(seed)
-        grid = sampling_grid((24, 24, 24), only(rotation=1, scaling=1), rng, torch.device("cpu"))
-        assert grid is not None
-        shares = torch.cat([sample((label == value).float(), grid) for value in range(3)])
-        shares[0] += 1 - shares.sum(0)  # around the scan is background
-        assert (warp_label(label, grid)[0] == shares.argmax(0)).float().mean() > 0.9999
+    labels = torch.stack([label, label.flip(1), (label == 2).long(), torch.zeros_like(label)])
+    rngs = [np.random.default_rng(seed) for seed in range(4)]
+    chosen, grids = sampling_grids((24, 24, 24), only(rotation=1, scaling=1), rngs, torch.device("cpu"))
+    assert chosen == [0, 1, 2, 3]
+    shares = torch.cat([sample((labels == value).float(), grids) for value in range(3)], dim=1)
+    shares[:, 0] += 1 - shares.sum(1)  # around the scan is background
+    assert (warp_labels(labels, grids)[:, 0] == shares.argmax(1)).float().mean() > 0.9999
+
+
+def test_a_batch_is_changed_as_its_items_are_and_left_as_it_was() -> None:
+    everything = Augmentation(**dict.fromkeys((name for name, on in OFF.items() if on == 0), 0.5), mirror=["i", "k"])
+    pairs = [phantom(seed, (20, 18, 22)) for seed in range(12)]
+    image, label = (torch.stack(part) for part in zip(*pairs, strict=True))
+    label = label.long()
+    before = image.clone(), label.clone()
+    together = Augmenter(everything)(image, label, seeds=range(12))
+    alone = [change(everything, (image[n], label[n]), n) for n in range(12)]
+    assert torch.equal(together[0], torch.stack([pair[0] for pair in alone]))
+    assert torch.equal(together[1], torch.stack([pair[1] for pair in alone]))
+    assert same((image, label), before)
 
 
 def test_what_moves_into_a_patch_is_what_lies_around_a_scan() -> None:
