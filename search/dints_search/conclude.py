@@ -9,6 +9,7 @@ from dints_deploy.catalog.dataset import Dataset
 from dints_search.choice import Choice, Chosen, choose, write_choice
 from dints_search.draw import draw_architecture, draw_relaxation
 from dints_search.gap import (
+    WITHIN,
     GapTable,
     Progress,
     all_decoded,
@@ -72,7 +73,7 @@ def report(
     """
     decoded = all_decoded(found.network, chosen)
     budget = TIGHT * actual_cost(chosen.genotype, recipe, "GMAC")
-    decoded[f"at most {budget:.3g} GMAC"] = within_work(found.network, recipe, budget)
+    decoded[f"{WITHIN} {budget:.3g} GMAC"] = within_work(found.network, recipe, budget)
     gap = measure_gap(found.network, decoded, found.parts.held_out, recipe, device=found.device, progress=progress)
     gap = keep_retrained(gap, folder)
     write_gap(folder, gap)

@@ -34,6 +34,8 @@ GAP_FILE: Final = "gap.json"
 SEARCH_NETWORK: Final = "search network"
 INHERITED: Final = "decoded"
 RETRAINED: Final = "retrained"
+WITHIN: Final = "at most"
+"""How the name of a network that was decoded under a budget begins."""
 
 Progress = Callable[[int, int], None]
 """Called with (networks measured, networks in all)."""

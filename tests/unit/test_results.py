@@ -13,6 +13,7 @@ from benchmarks.arms import Record
 from benchmarks.bootstrap import paired_interval
 from benchmarks.machine import ROOT
 from benchmarks.results import compare, grouped, page, read_records, verdict
+from dints_search.gap import GapRow, GapTable
 from dints_search.space import SearchSpace, sample_genotype
 
 CASES = [f"case_{n:02}" for n in range(40)]
@@ -131,6 +132,24 @@ def test_the_page_has_every_figure_of_a_record() -> None:
     assert "(results/random-2-seed-0.svg)" in said
     assert "commits 0011223344+, 0123456789, fedcba9876" in said
     assert "No arm is recorded yet" in page([])
+
+
+def test_the_gap_is_told_for_every_decoder_under_a_budget_and_in_words() -> None:
+    rows = [
+        GapRow(stage="search network", dice=0.84),
+        GapRow(stage="decoded", name="dints", edges=9, dice=0.24),
+        GapRow(stage="decoded", name="block", reason="no way through"),
+        GapRow(stage="decoded", name="at most 0.7 GMAC", edges=5, dice=0.01),
+        GapRow(stage="retrained", name="dints", dice=0.87),
+    ]
+    gap = GapTable(cases=("case_00", "case_01"), rows=tuple(rows))
+    measured = record("searched", 0.5, around(0.87, 0)).model_copy(update={"gap": gap})
+    other = gap.model_copy(update={"rows": (*rows[:3], GapRow(stage="decoded", name="at most 1 GMAC", reason="none"))})
+    said = page([measured, record("searched", 0.8, around(0.8, 1)).model_copy(update={"gap": other})])
+    assert "| sigma-0.5-seed-0 | 2 | 0.8400 | - | 0.2400 | 0.0100 (5 edges, at most 0.7 GMAC) | 0.8700 |" in said
+    assert "| sigma-0.8-seed-0 | 2 | 0.8400 | - | 0.2400 | - | - |" in said
+    assert "Decoding loses 0.60 to 0.60 Dice" in said
+    assert "1 of 2 networks are better" in said
 
 
 def test_the_committed_page_is_that_of_the_committed_records() -> None:
