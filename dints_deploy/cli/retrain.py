@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dints_deploy.catalog.dataset import Dataset, read_dataset
-from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
+from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json, say_note
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
 
@@ -81,7 +81,13 @@ def _retrain(
     from dints_search.world import leads
 
     network = read_genotype(genotype or Path(search or "") / "genotype.json")
-    without = read_search_config(search).held_out if search else {}
+    searched = read_search_config(search) if search else None
+    without = searched.held_out if searched else {}
+    if searched and searched.fold != options["fold"] and leads():
+        say_note(
+            f"note: {search} was searched on the training part of fold {searched.fold}, which holds cases that fold "
+            f"{options['fold']} measures: their scores flatter its network"
+        )
     if not set(without) <= {case.id for case in dataset.cases}:
         raise UsageError(
             "usage", f"expected the dataset of the search in {search}, found another: name {search}/genotype.json with "

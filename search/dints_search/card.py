@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import Template
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from dints_deploy.catalog.entry import RESEARCH_USE, Entry
 from dints_search.export import Exported
@@ -26,7 +26,8 @@ $scores
 
 - Task $task: $cases training cases of fold $fold. Their ids and digests are in `entry.toml`; `evaluate` refuses them.
   The training made no choice on the other cases of the fold, which the scores above are measured on.
-- $members of `genotype.json` with channel multiplier $multiplier: $parameters M parameters and
+- `genotype.json`: $origin.
+- $members of it with channel multiplier $multiplier: $parameters M parameters and
   $gmac GMAC for a window of $window voxels.
 - $steps steps of $batch, AdamW at $rate falling to zero, Dice + cross-entropy, $precision, seed $seed.
   The weights are the running average (EMA $ema) after the last step.$school
@@ -48,8 +49,16 @@ MEMBERS: Final = ("The DiNTS network", "The mean of the logits of {} DiNTS netwo
 """What runs: one network, or an ensemble."""
 
 
+class Described(NamedTuple):
+    """A member's parameters, its GMAC for one window, and where its genotype comes from."""
+
+    parameters: int
+    gmac: float
+    origin: str
+
+
 def write_card(
-    spec: Entry, configs: list[RunConfig], metrics: dict[str, Any], exports: list[Exported], size: tuple[int, float]
+    spec: Entry, configs: list[RunConfig], metrics: dict[str, Any], exports: list[Exported], network: Described
 ) -> str:
     """Return the card's text.
 
@@ -58,7 +67,7 @@ def write_card(
         configs: of the runs; the first one tells how.
         metrics: as in `metrics.json`.
         exports: for the parity figures.
-        size: parameters, and GMAC of one window.
+        network: what each member is.
     """
     config, retraining = configs[0], configs[0].recipe.retraining
     worst = max(comparison.max_abs_logit for exported in exports for comparison in exported.comparisons)
@@ -75,9 +84,10 @@ def write_card(
         cases=len({case for c in configs for case in c.cases}),
         members=MEMBERS[len(configs) > 1].format(len(configs)),
         fold=", ".join(dict.fromkeys(str(c.fold) for c in configs)),
+        origin=network.origin,
         multiplier=f"{retraining.channel_multiplier:g}",
-        parameters=f"{size[0] / 1e6:.2f}",
-        gmac=f"{size[1]:.2f}",
+        parameters=f"{network.parameters / 1e6:.2f}",
+        gmac=f"{network.gmac:.2f}",
         window=" x ".join(str(n) for n in spec.window),
         steps=retraining.steps,
         batch=_batch(config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,7 @@ from dints_search.gap import (
 from dints_search.recipe import Recipe
 from dints_search.report import actual_cost, renew_gap, write_report
 from dints_search.search import Found
+from dints_search.search_run import read_search_config
 from dints_search.space import ArchitectureParameters
 
 TIGHT: Final = 0.5
@@ -32,11 +34,17 @@ TIGHT: Final = 0.5
 def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, choice: Choice) -> Chosen:
     """Write the chosen genotype into a search's folder, with pictures of it and of what the search holds likely.
 
+    The genotype says which fold it was searched on: it has no unbiased score on the cases of that training part.
+
     Raises:
         DatasetError: `genotype-invalid` when the choice leads to no network.
         OutputError: a file cannot be written.
     """
-    chosen = choose(parameters, choice, recipe)
+    config, chosen = read_search_config(folder), choose(parameters, choice, recipe)
+    about = (
+        f"searched on the training part of fold {config.fold} of {config.recipe.task}, sigma {recipe.search.sigma:g}"
+    )
+    chosen = replace(chosen, genotype=chosen.genotype.model_copy(update={"about": about}))
     write_choice(folder, chosen)
     draw_architecture(chosen.genotype, folder / "architecture", title=chosen.genotype.source)
     draw_relaxation(

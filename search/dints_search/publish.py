@@ -25,10 +25,10 @@ from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.files import make_folder, sync_folder, write_bytes, write_text
 from dints_deploy.runtime.evaluate import Evaluation, evaluate, unseen_cases
 from dints_deploy.runtime.sessions import open_sessions
-from dints_search.card import RECIPE_FILE, write_card
+from dints_search.card import RECIPE_FILE, Described, write_card
 from dints_search.evaluate import entry_of
 from dints_search.export import Exported, certificate, export_network
-from dints_search.network import count_gmac, count_parameters
+from dints_search.network import DiNTSNetwork, count_gmac, count_parameters
 from dints_search.plan import UNSAID
 from dints_search.recipe import Recipe
 from dints_search.run import trained_network
@@ -71,14 +71,20 @@ def publish(
         write_text(staged / SUMS_FILE, write_sums(staged))
         metrics = measure(load_entry(staged), dataset, progress)
         write_text(staged / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-        network = trained[0][1]
-        size = (count_parameters(network), count_gmac(network, spec.window))
-        write_text(staged / "card.md", write_card(spec, configs, metrics, exports, size))
+        described = _described(trained[0][1], spec)
+        write_text(staged / "card.md", write_card(spec, configs, metrics, exports, described))
         write_text(staged / SUMS_FILE, write_sums(staged))
         load_entry(staged)
         shutil.move(staged, target)
     sync_folder(out)
     return target
+
+
+def _described(network: DiNTSNetwork, spec: Entry) -> Described:
+    """Return what the card says of a network."""
+    genotype = network.genotype
+    origin = genotype.about or genotype.source or "of unknown origin"
+    return Described(count_parameters(network), count_gmac(network, spec.window), origin)
 
 
 def check_words(recipe: Recipe) -> None:

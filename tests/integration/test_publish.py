@@ -28,7 +28,7 @@ from dints_deploy.imaging.nifti import read_nifti
 from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.parity import Certificate, parity_status
 from dints_deploy.runtime.sessions import open_sessions
-from dints_search.card import write_card
+from dints_search.card import Described, write_card
 from dints_search.evaluate import entry_of
 from dints_search.export import Exported, export_network, real_windows
 from dints_search.plan import UNSAID
@@ -339,7 +339,9 @@ def card_of(place: Path, config: RunConfig, written: dict[str, Any]) -> str:
     parity = Certificate.model_validate_json((place / "out" / "balls" / "parity.json").read_text())
     nothing = np.zeros((0, 1, 12, 12, 12), np.float32)
     exported = Exported(b"", nothing, nothing, parity.comparisons)
-    return write_card(entry_of([config], "balls"), [config], written, [exported], (1, 1.0))
+    return write_card(
+        entry_of([config], "balls"), [config], written, [exported], Described(1, 1.0, "found in a drawer")
+    )
 
 
 def test_a_structure_that_is_in_no_case_has_a_dash_on_the_card(place: Path) -> None:
@@ -362,6 +364,7 @@ def test_the_card_of_a_taught_run_names_its_teachers_and_where_it_began(place: P
     config, _ = trained_network(place / "run0")
     plain = card_of(place, config, metrics(place))
     assert "earlier run" not in plain
+    assert "`genotype.json`: found in a drawer." in plain
     config = config.model_copy(update={"origin": "ab12", "teachers": ("cd34", "ef56")})
     card = card_of(place, config, metrics(place))
     assert "those of an earlier run (SHA-256 ab12)" in card

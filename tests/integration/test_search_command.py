@@ -44,6 +44,8 @@ def alone(machine: Machine) -> Path:
 
 
 def test_a_search_leaves_what_a_person_wants_to_see(alone: Path) -> None:
+    about = read_genotype(alone / "genotype.json").about
+    assert about == "searched on the training part of fold 0 of Balls, sigma 0.5"
     wanted = {"config.toml", "metrics.jsonl", "genotype.json", "architecture.svg", "architecture.png", "relaxation.png"}
     assert wanted <= {path.name for path in alone.iterdir()}
     assert any((alone / "events").iterdir())
@@ -134,6 +136,9 @@ def test_retraining_a_searchs_network_leaves_out_what_the_search_held_out_and_re
     resumed = machine.run("search", "--task", "tiny.toml", "--data", "task", "--out", "alone", "--resume", *SETTINGS)
     assert resumed.code == 0, resumed.err  # nothing is left to search, but the gap is measured again
     assert "| retrained, dints |" in (alone / "report.md").read_text(encoding="utf-8")
+    assert "flatter" not in done.err
+    other = machine.run(*words, "--out", "elsewhere-folded", "--fold", "1", "--steps", "1", "--threads", "1")
+    assert "searched on the training part of fold 0, which holds cases that fold 1 measures" in other.err
     both = machine.run(*words, "--genotype", str(alone / "genotype.json"))
     assert both.code == 2
     assert "either --genotype FILE or --search RUN" in both.out + both.err
