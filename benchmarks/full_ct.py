@@ -5,10 +5,10 @@
 
 The CT is resampled to `factor` times its voxels along each axis. Every contender gets the same weights, overlap 0.25
 and float32, and starts from a fresh process with the scan's file. Contenders of one part run in turns; runs add up in
-benchmarks/results/full_ct.json, so that a part or a contender can be run later. nnU-Net runs in the interpreter that
-has it (`--nnunet-python`), on the same torch. With --cpu every contender gets one thread and the processor's seconds
-are counted, for a machine that others use too; those runs go to full_ct_cpu.json. Before bf16 or int8 can take part,
-certify them:
+benchmarks/results/full_ct.json, so that a part or a contender can be run later, and all of them are printed as tables.
+nnU-Net runs in the interpreter that has it (`--nnunet-python`), on the same torch. With --cpu every contender gets one
+thread and the processor's seconds are counted, for a machine that others use too; those runs go to full_ct_cpu.json.
+Before bf16 or int8 can take part, certify them:
 
     DINTS_ZOO=FOLDER/zoo DINTS_STATE=FOLDER/state dints-deploy export random-3 --openvino --precision int8
 """
@@ -29,7 +29,8 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from benchmarks.machine import ROOT, commit, read, write
+from benchmarks import report
+from benchmarks.machine import ROOT, origin, read, write
 from benchmarks.made import make_ct, make_eighth, make_entry
 
 OVERLAP, CLASSES = 0.25, 3
@@ -58,13 +59,14 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in chosen:
             run = timed(commands[name], work, one_thread=options.cpu)
-            run |= {"agreement": agreement(work, options.part, name), "commit": commit()}
+            run |= {"agreement": agreement(work, options.part, name), **origin()}
             result = read(where) or {"title": title, "runs": {"whole": {}, "eighth": {}}}
             result["runs"][options.part].setdefault(name, []).append(run)
             print(options.part, name, json.dumps(run), flush=True)
             about = {"GMAC per window": round(gmac, 1), "overlap": OVERLAP, "weights": WEIGHTS, "nnU-Net": STEPS}
             result["facts"] = {**about, **shapes(scans)}
             write(where, result)
+    print("\n".join(report.full_ct(result)))
 
 
 def arguments() -> Any:

@@ -29,9 +29,14 @@ def description() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit that is measured; a run carries it where its file gathers runs of several calls."""
+    """Return the commit that is measured."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return found.stdout.strip()
+
+
+def origin() -> dict[str, str]:
+    """Return the commit and the processor of a run, which it carries where a file gathers runs of several calls."""
+    return {"commit": commit(), "processor": str(description()["processor"])}
 
 
 def read(name: str) -> dict[str, Any] | None:

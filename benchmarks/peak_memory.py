@@ -5,7 +5,8 @@
 
 The network is a DiNTS network of about 2 GMAC with random weights, the scan is noise: every window runs. A peak is
 VmHWM of the process, read until it ends; the baseline is that of a process that loads the engine and runs warm-up
-windows. A peer is stopped when it holds more than --peer-limit-gib, and reported as such.
+windows. A peer is stopped when it holds more than --peer-limit-gib, and reported as such. Prints a table of all
+runs that benchmarks/results/peak_memory.json has gathered.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, commit, read, write
+from benchmarks import report
+from benchmarks.machine import ROOT, origin, read, write
 from benchmarks.made import make_entry, make_noise
 
 GIB = 1 << 30
@@ -52,13 +54,14 @@ def main() -> None:
                 continue
             run = watched(command, work, int(options.peer_limit_gib * GIB) if name == MONAI else None)
             run |= {"contender": name, "classes": classes, "window": window, "shape": list(shape)}
-            run["commit"] = commit()
+            run |= origin()
             run["labels_sha256"] = digest(labels_path(work, classes, name)) if run["fits"] else None
             print(json.dumps(run), flush=True)
             result = read("peak_memory") or {"title": TITLE, "runs": []}  # now: another call may have added to it
             same = (run["contender"], classes, run["shape"])
             result["runs"] = [r for r in result["runs"] if (r["contender"], r["classes"], r["shape"]) != same] + [run]
             write("peak_memory", result)
+    print("\n".join(report.peak_memory(read("peak_memory") or {"runs": []})))
 
 
 def arguments() -> Any:

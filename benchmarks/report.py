@@ -76,11 +76,12 @@ def main() -> None:
 def section(name: str, result: Result) -> str:
     """Return one benchmark with its machine, its tables and its facts."""
     machine, command = result["machine"], result.get("command", f"python -m benchmarks.{name}")
-    measured = [f"`{commit[:10]}`" for commit in commits(result)]
+    measured = [f"`{commit[:10]}`" for commit in named(result, "commit")]
+    processors = ", ".join(named(result, "processor"))
     lines = [
         f"## {result.get('title', name)}",
         "",
-        f"`{command}` at commit{'s' * (len(measured) > 1)} {', '.join(measured)}, {machine['processor']}, "
+        f"`{command}` at commit{'s' * (len(measured) > 1)} {', '.join(measured)}, {processors}, "
         f"{machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}.",
         "",
         *TABLES.get(name, medians)(result),
@@ -91,12 +92,12 @@ def section(name: str, result: Result) -> str:
     return "\n".join(lines)
 
 
-def commits(result: Result) -> list[str]:
-    """Return the commits whose runs a result gathers, in the order of the runs; the machine's where runs name none."""
+def named(result: Result, what: str) -> list[str]:
+    """Return the commits or processors whose runs a result gathers, in order; the machine's where none is named."""
     runs = result.get("runs", [])
     if isinstance(runs, dict):  # part -> contender -> runs
         runs = [run for part in runs.values() for several in part.values() for run in several]
-    return list(dict.fromkeys(run["commit"] for run in runs if "commit" in run)) or [result["machine"]["commit"]]
+    return list(dict.fromkeys(run[what] for run in runs if what in run)) or [result["machine"][what]]
 
 
 def table(head: Sequence[str], rows: Rows) -> list[str]:
