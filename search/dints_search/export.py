@@ -30,7 +30,7 @@ from dints_search.stable_norm import with_stable_norms
 from dints_search.torch_engine import TorchSession
 
 OPSET: Final = 20
-PARITY_WINDOWS: Final = 2
+PARITY_WINDOWS: Final = 3
 """Real windows kept in the entry: enough for parity and calibration, small enough to ship."""
 
 CPU_ENGINES: Final = ("onnx", "openvino")

@@ -32,7 +32,7 @@ from dints_deploy.runtime.certificate import (
 )
 from dints_deploy.runtime.certified import choose_networks
 from dints_deploy.runtime.engine import engine_version
-from dints_deploy.runtime.export import Made, export, proofs_of
+from dints_deploy.runtime.export import Made, Proof, export, proofs_of
 from tests.small_disk import fill, small_disk
 from tests.tiny_entry import (
     WINDOW,
@@ -420,6 +420,13 @@ def test_a_real_full_disk_is_named(full_disk_of_a_machine: Path, made: Made) -> 
         install(made.certificate, made.artefact)
     assert caught.value.code == "disk-full"
     assert list(full_disk_of_a_machine.glob("engines/*")) == []
+
+
+@pytest.mark.parametrize(("there", "used"), [(1, 1), (2, 2), (3, 2), (6, 4)])
+def test_int8_is_proven_on_more_windows_than_it_was_calibrated_on(there: int, used: int) -> None:
+    windows = np.arange(there, dtype=np.float32).reshape(there, 1, 1, 1, 1)
+    proof = Proof("model.onnx", b"", windows, windows)
+    assert np.array_equal(proof.calibration, windows[:used])
 
 
 def test_int8_of_a_network_without_inner_convolutions_is_not_fp32_under_another_name(place: Path) -> None:
