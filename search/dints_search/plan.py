@@ -71,9 +71,9 @@ def plan(
         start: keep this recipe's words, labels and training; without it a person completes what is made up.
         memory_bytes: bound of the activations that a training step keeps for the backward pass.
         channel_multiplier: of the networks.
-        space: to search in; D = 4, L = 12 without it.
+        space: to search in; without it that of `start`, or D = 4, L = 12.
     """
-    space = space or SearchSpace(12, 4)
+    space = space or _space(start)
     spacing = target_spacing(facts)
     shape = np.round(np.array(facts.shape) * facts.spacing / spacing).astype(int)
     classes, precision = len(dataset.labels) + 1, torch.bfloat16
@@ -102,6 +102,11 @@ def plan(
         }
     )
     return planned, _reasons(facts, planned, [int(n) for n in shape], each, memory_bytes)
+
+
+def _space(start: Recipe | None) -> SearchSpace:
+    """Return the space that a recipe searches in, or the paper's."""
+    return SearchSpace(12, 4) if start is None else SearchSpace(start.search.num_blocks, start.search.num_depths)
 
 
 def target_spacing(facts: Fingerprint) -> Triple:

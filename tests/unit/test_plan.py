@@ -141,6 +141,16 @@ def test_a_plan_is_a_recipe_that_keeps_a_persons_words_and_can_be_read_and_chang
     assert changed.labels[0].colour == (*recipe.labels[0].colour[:2], 7)
 
 
+def test_a_plan_that_starts_from_a_recipe_fits_the_levels_that_it_searches(tmp_path: Path) -> None:
+    dataset = read_dataset(write_task(tmp_path / "task", 5))
+    start, measured = tiny_recipe(tmp_path), fingerprint(dataset)
+    for depths in (2, 4):
+        own = override(start, [f"search.num_depths={depths}", "search.num_blocks=2"])
+        recipe, _ = plan(dataset, measured, start=own, memory_bytes=1 << 28, channel_multiplier=0.25)
+        assert not any(n % 2**depths for n in recipe.window)
+        assert (min(recipe.window) < 16) == (depths == 2)
+
+
 def test_a_task_that_nobody_described_gets_a_recipe_to_complete(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task", 5)
     said = run_cli("data", "plan", task, "-o", tmp_path / "mine.toml", "--max-memory", "64M", "--channels", "0.125")
