@@ -6,6 +6,7 @@ A provider that cannot start is replaced by the CPU without a word; here that is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import onnxruntime
@@ -63,10 +64,23 @@ class OnnxEngine:
         cuda = (CUDA, {"device_id": number, "use_tf32": 0})
         if self.provider == CUDA:
             return [cuda, CPU]
-        make_private_folder(state_folder())
-        plans = make_private_folder(make_private_folder(state_folder() / "engines") / "onnx-trt")
-        settings = {"device_id": number, "trt_engine_cache_enable": True, "trt_engine_cache_path": str(plans)}
+        settings = {"device_id": number, "trt_engine_cache_enable": True, "trt_engine_cache_path": str(plan_folder())}
         return [(TENSORRT, settings), cuda, CPU]
+
+
+def plan_folder() -> Path:
+    """Return the folder for ONNX Runtime's TensorRT plans, which can execute code when they are loaded.
+
+    Raises:
+        EngineError: `state-permissions` when another user owns or may change one. OutputError: it cannot be made.
+    """
+    from dints_deploy.runtime.certificate import check_owner  # of no use on a CPU, where the start is to be quick
+
+    make_private_folder(state_folder())
+    folder = make_private_folder(make_private_folder(state_folder() / "engines") / "onnx-trt")
+    for plan in folder.iterdir():
+        check_owner(plan, forbidden=0o022)
+    return folder
 
 
 class OnnxSession:

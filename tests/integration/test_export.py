@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from dints_deploy.runtime.certificate import (
 from dints_deploy.runtime.certified import choose_networks
 from dints_deploy.runtime.engine import engine_version
 from dints_deploy.runtime.export import Made, Proof, export, proofs_of
+from dints_deploy.runtime.onnx_engine import plan_folder
 from tests.small_disk import fill, small_disk
 from tests.tiny_entry import (
     WINDOW,
@@ -420,6 +422,21 @@ def test_a_real_full_disk_is_named(full_disk_of_a_machine: Path, made: Made) -> 
         install(made.certificate, made.artefact)
     assert caught.value.code == "disk-full"
     assert list(full_disk_of_a_machine.glob("engines/*")) == []
+
+
+def test_a_plan_of_onnx_runtime_that_others_may_change_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINTS_STATE", str(tmp_path / "state"))
+    plan = plan_folder() / "a.engine"
+    plan.write_bytes(b"plan")
+    plan.chmod(0o600)
+    assert plan_folder() == plan.parent
+    assert stat.S_IMODE(plan.parent.stat().st_mode) == 0o700
+    plan.chmod(0o666)
+    with pytest.raises(EngineError) as caught:
+        plan_folder()
+    assert caught.value.code == "state-permissions"
 
 
 @pytest.mark.parametrize(("there", "used"), [(1, 1), (2, 2), (3, 2), (6, 4)])
