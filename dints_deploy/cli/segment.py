@@ -65,7 +65,8 @@ def segment_command(
     max_ram: Annotated[
         str | None,
         typer.Option(
-            help="Keep the process within this, such as 4G, in blocks if need be; refuse in advance what cannot."
+            help="Keep the run within this, such as 4G, in blocks if need be; refuse in advance what cannot. "
+            "DICOM objects and the page come after it."
         ),
     ] = None,
     as_json: JsonOption = False,
