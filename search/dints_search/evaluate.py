@@ -14,7 +14,7 @@ from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.evaluate import Evaluation, evaluate
 from dints_search.fits import check_device
-from dints_search.run import RunConfig, seen_cases, trained_network
+from dints_search.run import RunConfig, image_digests, seen_cases, trained_network
 from dints_search.torch_engine import TorchSession
 
 MODEL_FILE = "model.onnx"
@@ -85,7 +85,7 @@ def evaluate_run(
     if wanted is None:
         raise DatasetError("fold-unknown", "expected --fold: the run was not trained on a fold")
     _, validation = dataset.fold(wanted)
-    if known := seen_cases(config, validation):
+    if known := seen_cases(config, image_digests(validation)):
         raise DatasetError(
             "cases-seen", f"expected unseen cases, the run was trained on {known[0]}: choose its own fold"
         )

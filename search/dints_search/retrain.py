@@ -37,6 +37,7 @@ from dints_search.run import (
     check_run,
     configure,
     finished_weights,
+    image_digests,
     open_run,
     read_config,
 )
@@ -114,12 +115,13 @@ def retrain(
     check_fits(recipe, genotype.num_depths)
     check_dataset(dataset, recipe)
     training = tuple(case for case in dataset.fold(fold)[0] if case.id not in without)
-    unseen = tuple(case for case in dataset.cases if case not in training)
     with joined(device) as (world, place):
         config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
         config = config.model_copy(update=_schooling(origin, teachers, config.cases))
         config = check_run(folder, config, resume=resume)
         patches = _patches(recipe, training, world, seed=seed, cache=cache)
+        others = [case for case in dataset.cases if case.id not in config.cases]
+        unseen = image_digests(others if origin or teachers else [])
         school = open_teachers(teachers, recipe, unseen, place)
         torch.manual_seed(seed)
         network = build_network(config, genotype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -78,7 +78,7 @@ def configure(
         fold=fold,
         seed=seed,
         processes=processes,
-        cases={case.id: sha256_file(case.image) for case in cases},
+        cases=image_digests(cases),
         labels={case.id: sha256_file(case.label) for case in cases},
         commit=commit(),
     )
@@ -122,11 +122,16 @@ def open_run(folder: Path, config: RunConfig, genotype: Genotype) -> None:
     write_text(folder / "config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
-def seen_cases(config: RunConfig, cases: Sequence[Case]) -> list[str]:
-    """Return the ids of those cases that a run was trained on, known by id or by content."""
+def image_digests(cases: Iterable[Case]) -> dict[str, str]:
+    """Return id -> SHA-256 of the image."""
+    return {case.id: sha256_file(case.image) for case in cases}
+
+
+def seen_cases(config: RunConfig, cases: Mapping[str, str]) -> list[str]:
+    """Return the ids of those cases (id -> digest) that a run was trained on, known by id or by content."""
     known = config.all_cases
     digests = set(known.values())
-    return [case.id for case in cases if case.id in known or sha256_file(case.image) in digests]
+    return [case for case, digest in cases.items() if case in known or digest in digests]
 
 
 def read_config(folder: Path) -> RunConfig:

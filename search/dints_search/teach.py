@@ -8,7 +8,7 @@ see the very patch that the network sees, augmentation included (Beyer et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dints_deploy.catalog.dataset import Case
 from dints_deploy.errors import DatasetError
 from dints_search.network import DiNTSNetwork
 from dints_search.precision import autocast
@@ -48,13 +47,13 @@ class Teachers:
         return torch.stack([each.float().softmax(dim=1) for each in logits]).mean(dim=0)
 
 
-def open_teachers(runs: Sequence[Path], recipe: Recipe, unseen: Sequence[Case], device: str) -> Teachers:
+def open_teachers(runs: Sequence[Path], recipe: Recipe, unseen: Mapping[str, str], device: str) -> Teachers:
     """Return the networks of finished runs as teachers of a training with this recipe.
 
     Args:
         runs: folders of finished runs on the same preparation and labels.
         recipe: of the training.
-        unseen: cases that the training leaves out, and that no teacher may have seen.
+        unseen: cases that the training leaves out, and that no teacher may have seen: id -> SHA-256 of the image.
         device: where the training runs.
 
     Raises:
@@ -64,7 +63,7 @@ def open_teachers(runs: Sequence[Path], recipe: Recipe, unseen: Sequence[Case], 
     return Teachers(networks, recipe.retraining.teaching, recipe.retraining.precision)
 
 
-def continue_from(run: Path, network: nn.Module, recipe: Recipe, unseen: Sequence[Case]) -> None:
+def continue_from(run: Path, network: DiNTSNetwork, recipe: Recipe, unseen: Mapping[str, str]) -> None:
     """Give a network the weights of a finished run of the same shape.
 
     Raises:
@@ -72,15 +71,15 @@ def continue_from(run: Path, network: nn.Module, recipe: Recipe, unseen: Sequenc
             trained on an unseen case, `checkpoint-invalid` when it is not finished.
     """
     trained = _finished(run, recipe, unseen)
-    try:
-        network.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
+    theirs, ours = ({name: t.shape for name, t in each.state_dict().items()} for each in (trained, network))
+    if trained.genotype.digest() != network.genotype.digest() or theirs != ours:
         raise DatasetError(
-            "run-mismatch", f"expected {run} to hold this network's weights (genotype, width, labels), found others"
-        ) from error
+            "run-mismatch", f"expected {run} to hold this network's weights, found another genotype, width or channels"
+        )
+    network.load_state_dict(trained.state_dict())
 
 
-def _finished(run: Path, recipe: Recipe, unseen: Sequence[Case]) -> DiNTSNetwork:
+def _finished(run: Path, recipe: Recipe, unseen: Mapping[str, str]) -> DiNTSNetwork:
     """Return a finished run that speaks of the same thing and gives no unseen case away."""
     config, network = trained_network(run)
     if _meaning(config.recipe) != _meaning(recipe):

@@ -16,6 +16,7 @@ from torch.nn import functional
 from dints_deploy.catalog.dataset import read_dataset
 from dints_deploy.errors import DatasetError
 from dints_search.evaluate import entry_of
+from dints_search.genotype import Genotype, parse_genotype
 from dints_search.recipe import Retraining
 from dints_search.retrain import retrain, start, train_step
 from dints_search.run import read_config
@@ -36,6 +37,7 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("b", {"seed": 1}),
         ("other-fold", {"fold": 1}),
         ("wide", {"channel_multiplier": 0.25}),
+        ("other-network", {"genotype": skipping()}),
     ]
     for name, options in runs:
         learn(folder, folder / name, **options)
@@ -44,12 +46,22 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learn(folder: Path, run: Path, *, fold: int = 0, **options: Any) -> Path:
     """Train the tiny task in fp32; options that are no argument of `retrain` change the recipe."""
+    genotype = options.pop("genotype", tiny_genotype())
     names = {"origin", "teachers", "resume", "report", "without", "seed"}
     arguments = {name: options.pop(name) for name in names & set(options)}
     run.parent.mkdir(exist_ok=True)
     recipe = tiny_recipe(run.parent, **{"precision": "fp32"} | options)
     task = read_dataset(folder / "task")
-    return retrain(recipe, tiny_genotype(), task, run, fold=fold, **arguments)
+    return retrain(recipe, genotype, task, run, fold=fold, **arguments)
+
+
+def skipping() -> Genotype:
+    """Return the tiny genotype with one of its skips switched off."""
+    tiny = tiny_genotype()
+    (first, *others), operations = tiny.edge_active, tiny.edge_operation[0]
+    edge = next(n for n, (active, op) in enumerate(zip(first, operations, strict=True)) if active and op == 0)
+    less = tuple(0 if n == edge else active for n, active in enumerate(first))
+    return parse_genotype(tiny.model_copy(update={"edge_active": (less, *others)}).to_json())
 
 
 def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,7 +171,7 @@ def test_a_run_that_cannot_teach_is_refused_and_leaves_no_folder(school: Path, t
     (renamed / "config.toml").write_text(text.replace('name = "Part 1"', 'name = "Another part"'))
     refusals = [(school / "other-fold", "cases-seen"), (unfinished, "checkpoint-invalid"), (renamed, "run-mismatch")]
     if use == "origin":
-        refusals.append((school / "wide", "run-mismatch"))
+        refusals += [(school / "wide", "run-mismatch"), (school / "other-network", "run-mismatch")]
     for other, code in refusals:
         with pytest.raises(DatasetError) as caught:
             learn(school, tmp_path / "run", **taught_by(other, use))
