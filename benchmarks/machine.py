@@ -45,8 +45,18 @@ def read(name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
-    del result["machine"]
+    machine = result.pop("machine")
+    for run in runs_of(result):
+        run.setdefault("processor", machine["processor"])
     return result
+
+
+def runs_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs that a result gathers, in a list or as part -> contender -> runs."""
+    runs = result.get("runs", [])
+    if isinstance(runs, dict):
+        return [run for part in runs.values() for several in part.values() for run in several]
+    return list(runs)
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, runs_of
 from dints_search.draw import save_figure
 
 CHART = ROOT / "docs" / "pictures" / "performance.svg"
@@ -94,10 +94,7 @@ def section(name: str, result: Result) -> str:
 
 def named(result: Result, what: str) -> list[str]:
     """Return the commits or processors whose runs a result gathers, in order; the machine's where none is named."""
-    runs = result.get("runs", [])
-    if isinstance(runs, dict):  # part -> contender -> runs
-        runs = [run for part in runs.values() for several in part.values() for run in several]
-    return list(dict.fromkeys(run[what] for run in runs if what in run)) or [result["machine"][what]]
+    return list(dict.fromkeys(run[what] for run in runs_of(result) if what in run)) or [result["machine"][what]]
 
 
 def table(head: Sequence[str], rows: Rows) -> list[str]:

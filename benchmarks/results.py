@@ -245,7 +245,7 @@ def _gaps(records: Sequence[Record]) -> str:
 
 
 def _gap_row(arm: str, gap: GapTable, decoders: Sequence[str]) -> list[str]:
-    within = next((row for row in gap.rows if row.name.startswith(WITHIN)), None)
+    within = next((row for row in gap.rows if row.stage == INHERITED and row.name.startswith(WITHIN)), None)
     half = "-"
     if within is not None and within.dice is not None:
         half = f"{_score(within.dice)} ({within.edges} edges, {within.name})"
@@ -261,11 +261,11 @@ def _lost(gaps: Sequence[GapTable]) -> str:
     if not lost:
         return "No decoded network was measured.\n"
     ends = [(gap.dice(RETRAINED, "dints"), gap.dice(SEARCH_NETWORK)) for gap in gaps]
-    better = sum(last > first for last, first in ends if last is not None and first is not None)
+    better = [last > first for last, first in ends if last is not None and first is not None]
     return (
         f"Decoding loses {min(lost):.2f} to {max(lost):.2f} Dice before anything is trained: the search network's "
-        f"weights are made for all edges together. Retrained from the start, {better} of {len(gaps)} networks are "
-        "better than the search network that they come from.\n"
+        f"weights are made for all edges together. Retrained from the start, {sum(better)} of {len(better)} networks "
+        "are better than the search network that they come from.\n"
     )
 
 

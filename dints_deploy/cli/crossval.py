@@ -10,6 +10,7 @@ import typer
 from dints_deploy.catalog.dataset import FOLDS, read_dataset
 from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
 from dints_deploy.cli.extra import needs_search_extra
+from dints_deploy.cli.retrain import note_search
 
 if TYPE_CHECKING:
     from dints_search.crossval import CrossValidation
@@ -48,11 +49,12 @@ def crossval_command(
         if threads is not None:
             torch.set_num_threads(threads)
         recipe = with_steps(override(find_recipe(task), settings or []), steps)
-        folds = fold or list(range(FOLDS))
+        folds, network = fold or list(range(FOLDS)), read_genotype(genotype)
+        note_search(network, folds)
         with progress("crossval") as bar:
             result = crossval(
                 recipe,
-                read_genotype(genotype),
+                network,
                 read_dataset(data),
                 out,
                 folds=folds,

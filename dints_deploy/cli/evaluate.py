@@ -31,7 +31,7 @@ def evaluate_command(
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnx.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
-    device: Annotated[str, typer.Option(help="Of a run: cpu or cuda:N.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="With --run: cpu or cuda:N; cpu by default.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON here too.")] = None,
     submission: Annotated[
         Path | None, typer.Option(help="Predict the task's unlabelled cases instead and pack them: .zip or .tar.gz.")
@@ -46,13 +46,16 @@ def evaluate_command(
     with failing(as_json):
         if (model is None) == (run is None):
             raise UsageError("usage", "expected --model ENTRY or --run RUN, one of the two")
+        if device is not None and run is None:
+            raise UsageError("usage", "expected --device with --run RUN: an entry is measured on the CPU")
+        place = device or "cpu"
         if submission is not None:
-            _submit(submission, model, run, data, engine, precision, as_json=as_json)
+            _submit(submission, model, run, data, engine, precision, place, as_json=as_json)
             return
         if model is not None:
             spec, result, about = _entry(model, data, fold, engine, precision)
         else:
-            spec, result, about = _run(run, data, fold, device)
+            spec, result, about = _run(run, data, fold, place)
         if plot is not None:
             _plot(plot, spec, result)
         document = {**about, "fold": fold, **result.as_dict()}
@@ -84,11 +87,19 @@ def _run(run: Path | None, data: Path, fold: int | None, device: str) -> tuple[E
         raise UsageError("usage", "expected --run RUN")
     with progress("evaluate") as report:
         spec, result = evaluate_run(run, read_dataset(data), fold, device=device, progress=report)
-    return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32"}
+    return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32", "device": device}
 
 
 def _submit(
-    out: Path, model: str | None, run: Path | None, data: Path, engine: str, precision: str, *, as_json: bool
+    out: Path,
+    model: str | None,
+    run: Path | None,
+    data: Path,
+    engine: str,
+    precision: str,
+    device: str,
+    *,
+    as_json: bool,
 ) -> None:
     """Pack the predictions of the cases whose labels a leaderboard keeps."""
     from dints_deploy.runtime.submission import check_archive_name, submit
@@ -102,7 +113,7 @@ def _submit(
     else:
         with needs_search_extra("evaluate --run"):
             from dints_search.evaluate import open_run_sessions
-        spec, sessions = open_run_sessions(run or Path())
+        spec, sessions = open_run_sessions(run or Path(), device=device)
     task = spec.training.task if spec.training else data.resolve().name
     with progress("submission") as report:
         submit(cases, spec, sessions, task, out, progress=report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from dints_search.genotype import Genotype
     from dints_search.recipe import Recipe
 
 
@@ -70,6 +72,16 @@ def retrain_command(
             say_json({"run": str(out), "weights": str(weights)}) if as_json else say(f"trained: {weights}")
 
 
+def note_search(genotype: Genotype, folds: Sequence[int]) -> None:
+    """Say where scores will flatter a network, as it was searched on cases that they are measured on."""
+    searched = genotype.searched_fold
+    if searched is not None and (others := [str(fold) for fold in folds if fold != searched]):
+        say_note(
+            f"note: the network was searched on the training part of fold {searched}, which holds the cases that fold "
+            f"{', '.join(others)} measures: those scores flatter it"
+        )
+
+
 def _retrain(
     recipe: Recipe, genotype: Path | None, search: Path | None, dataset: Dataset, out: Path, **options: Any
 ) -> Path:
@@ -83,11 +95,8 @@ def _retrain(
     network = read_genotype(genotype or Path(search or "") / "genotype.json")
     searched = read_search_config(search) if search else None
     without = searched.held_out if searched else {}
-    if searched and searched.fold != options["fold"] and leads():
-        say_note(
-            f"note: {search} was searched on the training part of fold {searched.fold}, which holds cases that fold "
-            f"{options['fold']} measures: their scores flatter its network"
-        )
+    if leads():
+        note_search(network, [options["fold"]])
     if not set(without) <= {case.id for case in dataset.cases}:
         raise UsageError(
             "usage", f"expected the dataset of the search in {search}, found another: name {search}/genotype.json with "

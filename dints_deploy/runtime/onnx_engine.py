@@ -72,14 +72,14 @@ def plan_folder() -> Path:
     """Return the folder for ONNX Runtime's TensorRT plans, which can execute code when they are loaded.
 
     Raises:
-        EngineError: `state-permissions` when another user owns or may change one. OutputError: it cannot be made.
+        EngineError: `state-permissions` when another user owns one, or it is a link. OutputError: it cannot be made.
     """
     from dints_deploy.runtime.certificate import check_owner  # of no use on a CPU, where the start is to be quick
 
     make_private_folder(state_folder())
     folder = make_private_folder(make_private_folder(state_folder() / "engines") / "onnx-trt")
     for plan in folder.iterdir():
-        check_owner(plan, forbidden=0o022)
+        check_owner(plan, forbidden=0)  # ONNX Runtime writes them as the umask says; the folder keeps others out
     return folder
 
 

@@ -95,7 +95,7 @@ def write_card(
         precision=retraining.precision,
         seed=", ".join(str(c.seed) for c in configs),
         ema=f"{retraining.ema:g}",
-        school=_school(config),
+        school="".join(_school(c, several=len(configs) > 1) for c in configs),
         commit=config.commit,
         parity=f"{worst:.2g}",
         retrain="\n".join(
@@ -122,15 +122,18 @@ def _retrain(name: str, config: RunConfig, run: str) -> str:
     )
 
 
-def _school(config: RunConfig) -> str:
+def _school(config: RunConfig, *, several: bool) -> str:
     """Say what a run built on: earlier weights, and teachers."""
-    text = f"\n- The first weights were those of an earlier run (SHA-256 {config.origin})." if config.origin else ""
+    lines = []
+    if config.origin:
+        lines.append(f"The first weights were those of an earlier run (SHA-256 {config.origin}).")
     if config.teachers:
-        share, teachers = config.recipe.retraining.teaching, ", ".join(config.teachers)
-        text += (
-            f"\n- {share:g} of the target was the mean opinion of earlier runs (SHA-256 of their weights: {teachers})."
-        )
-    return text
+        share = f"{config.recipe.retraining.teaching:g} of the target was the mean opinion of earlier runs"
+        lines.append(f"{share} (SHA-256 of their weights: {', '.join(config.teachers)}).")
+    if config.known:
+        lines.append(f"Those runs knew {len(config.known)} further cases, which `entry.toml` lists too.")
+    which = f"Fold {config.fold}, seed {config.seed}: " if several else ""
+    return "".join(f"\n- {which}{line}" for line in lines)
 
 
 def _batch(config: RunConfig) -> str:

@@ -44,7 +44,7 @@ def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, c
     about = (
         f"searched on the training part of fold {config.fold} of {config.recipe.task}, sigma {recipe.search.sigma:g}"
     )
-    chosen = replace(chosen, genotype=chosen.genotype.model_copy(update={"about": about}))
+    chosen = replace(chosen, genotype=chosen.genotype.model_copy(update={"about": about, "searched_fold": config.fold}))
     write_choice(folder, chosen)
     draw_architecture(chosen.genotype, folder / "architecture", title=chosen.genotype.source)
     draw_relaxation(

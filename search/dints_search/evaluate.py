@@ -59,10 +59,11 @@ def entry_of(configs: list[RunConfig], name: str, version: str = "0.0.0") -> Ent
         raise UsageError("usage", f"expected the name and version of an entry, found {faults(fault)}") from fault
 
 
-def open_run_sessions(run: Path) -> tuple[Entry, list[Session]]:
-    """Return what a finished run would publish, and its network in torch, fp32."""
+def open_run_sessions(run: Path, *, device: str = "cpu") -> tuple[Entry, list[Session]]:
+    """Return what a finished run would publish, and its network in torch, fp32; raises as `evaluate_run`."""
+    check_device(device)
     config, network = trained_network(run)
-    return entry_of([config], "run"), [TorchSession(network)]
+    return entry_of([config], "run"), [TorchSession(network, device=device)]
 
 
 def evaluate_run(

@@ -55,6 +55,8 @@ class Genotype(BaseModel):
     Attributes:
         up: where the network goes up inside a cell, `reference` upsamples, then convolves (as DiNTS does);
             `conv_first` convolves, then upsamples: an eighth of the work, but another function.
+        searched_fold: the fold whose training part it was searched on, where it was: on cases of that part its network
+            has no unbiased score.
         direct_skip: the head sees the scan at full resolution too, through one convolution, as an option of the
             authors' first code did; the finest nodes have half of it. The published networks have none.
     """
@@ -64,6 +66,7 @@ class Genotype(BaseModel):
     schema_version: Literal[1]
     about: str = ""
     source: str = ""
+    searched_fold: int | None = Field(default=None, ge=0, exclude_if=lambda fold: fold is None)
     num_blocks: int = Field(ge=1, le=64)
     num_depths: int = Field(ge=2, le=5)
     up: Literal["reference", "conv_first"] = "reference"
@@ -89,7 +92,7 @@ class Genotype(BaseModel):
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def digest(self) -> str:
-        """Return the SHA-256 of what defines the network's function: not `about`, `source` or an unused operation."""
+        """Return the SHA-256 of what defines the network's function: not where it is from, nor unused operations."""
         pairs = zip(self.edge_active, self.edge_operation, strict=True)
         code = [[o if a else -1 for a, o in zip(*rows, strict=True)] for rows in pairs]
         fields: dict[str, Any] = {

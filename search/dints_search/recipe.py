@@ -214,9 +214,9 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         place: Any = fields
         try:
             for parent in parents:
-                place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+                place = place[_number(parent)] if isinstance(place, list) else place.setdefault(parent, {})
             value = tomllib.loads(f"value = {text}")["value"]
-            place[int(last) if isinstance(place, list) else last] = value
+            place[_number(last) if isinstance(place, list) else last] = value
         except (ValueError, AttributeError, TypeError, IndexError) as error:
             raise DatasetError("recipe-invalid", f"expected NAME=VALUE as in the recipe, found {setting!r}") from error
     try:
@@ -225,6 +225,13 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         raise DatasetError(
             "recipe-invalid", f"expected a recipe with {', '.join(settings)}, found: {faults(error)}"
         ) from error
+
+
+def _number(text: str) -> int:
+    """Return the number of a list's entry; raise `ValueError` for what is none, such as -1."""
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
 
 
 def read_recipe(path: Path) -> Recipe:

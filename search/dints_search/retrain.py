@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from dints_search.dataset import Patches, check_classes, check_dataset, load_cas
 from dints_search.fits import check_fits
 from dints_search.genotype import Genotype
 from dints_search.metrics import Figures, Metrics, read_metrics
+from dints_search.network import DiNTSNetwork
 from dints_search.precision import autocast
 from dints_search.recipe import Recipe, Retraining
 from dints_search.run import (
@@ -119,18 +120,12 @@ def retrain(
         config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
         config = config.model_copy(update=_schooling(origin, teachers, config.cases))
         config = check_run(folder, config, resume=resume)
+        network, school = _beginning(config, genotype, dataset, origin, teachers, place)
         patches = _patches(recipe, training, world, seed=seed, cache=cache)
-        others = [case for case in dataset.cases if case.id not in config.cases]
-        unseen = image_digests(others if origin or teachers else [])
-        school = open_teachers(teachers, recipe, unseen, place)
-        torch.manual_seed(seed)
-        network = build_network(config, genotype)
-        if origin is not None:
-            continue_from(origin, network, recipe, unseen)
         world.wait()  # every process has looked at the folder
         if world.writes:
             open_run(folder, config, genotype)
-        state = start(network.to(place), recipe.retraining)
+        state = start(network, recipe.retraining)
         if (folder / CHECKPOINT).exists():
             state.load(folder / CHECKPOINT, config.digest())
         source = batches(patches, recipe.retraining.batch, first=state.step, device=place, world=world)
@@ -141,12 +136,30 @@ def retrain(
     return folder / WEIGHTS
 
 
-def _schooling(origin: Path | None, teachers: Sequence[Path], cases: Collection[str]) -> dict[str, Any]:
-    """Return what a configuration with these cases says of other runs that it builds on."""
+def _beginning(
+    config: RunConfig, genotype: Genotype, dataset: Dataset, origin: Path | None, teachers: Sequence[Path], place: str
+) -> tuple[DiNTSNetwork, Teachers]:
+    """Return the network with its first weights, and its teachers, on the device of the training."""
+    others = [case for case in dataset.cases if case.id not in config.cases]
+    unseen = image_digests(others if origin or teachers else [])
+    school = open_teachers(teachers, config.recipe, unseen, place)
+    torch.manual_seed(config.seed)
+    network = build_network(config, genotype)
+    if origin is not None:
+        continue_from(origin, network, config.recipe, unseen)
+    return network.to(place), school
+
+
+def _schooling(origin: Path | None, teachers: Sequence[Path], cases: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a configuration with these cases (id -> digest) says of other runs that it builds on."""
     runs = [*([] if origin is None else [origin]), *teachers]
     digests = [sha256_file(finished_weights(run)) for run in runs]
-    theirs = [item for run in runs for item in read_config(run).all_cases.items()]
-    known = {case: digest for case, digest in theirs if case not in cases}
+    known: dict[str, str] = {}
+    for case, digest in (item for run in runs for item in read_config(run).all_cases.items()):
+        if cases.get(case, known.get(case, digest)) != digest:
+            case = f"{case}@{digest[:8]}"  # another dataset's case of the same name
+        if case not in cases:
+            known[case] = digest
     first = None if origin is None else digests.pop(0)
     return {"origin": first, "teachers": tuple(digests), "known": known}
 
@@ -261,9 +274,9 @@ def train_step(
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.network.train()
+    opinion = teachers.opinion(image)  # first: their activations are gone before the network's are kept
     with autocast(image.device.type, settings.precision):
         logits = state.network(image)  # (N, classes, I, J, K)
-    opinion = teachers.opinion(image)
     loss = segmentation_loss(logits.float(), label, world, opinion=opinion, share=teachers.share)
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -109,7 +109,9 @@ def mismatch(folder: Path, kept: Strict, config: Strict) -> DatasetError:
     names = (name for name in type(config).model_fields if name != "commit")
     other = ", ".join(name for name in names if getattr(kept, name) != getattr(config, name))
     return DatasetError(
-        "run-mismatch", f"expected {folder} to hold this configuration, found another ({other}): choose another --out"
+        "run-mismatch",
+        f"expected {folder} to hold this configuration, found another ({other}): give the same options, or "
+        "choose another --out",
     )
 
 

@@ -33,7 +33,8 @@ def segmentation_loss(
         label: (N, 1, I, J, K), whole numbers.
         world: the processes that share the batch, each with the same number of scans.
         opinion: (N, classes, I, J, K), class probabilities that teachers give; they are `share` of the target, the
-            label is the rest.
+            label is the rest. Dice then counts the smaller of what is found and wanted as common, which is their
+            product where the target is 0 or 1, and is least where the two agree (Wang et al. 2023, arXiv:2303.16296).
     """
     log = functional.log_softmax(logits, dim=1)
     target = functional.one_hot(label[:, 0].long(), logits.shape[1]).movedim(-1, 1).to(log)
@@ -43,7 +44,8 @@ def segmentation_loss(
         target = torch.lerp(target, opinion, share)
         likelihood = -(target * log).sum(dim=1).mean()
     found, wanted = log.exp()[:, 1:], target[:, 1:]
-    sums = torch.stack([each.sum((0, 2, 3, 4)) for each in (found * wanted, found, wanted)])  # (3, classes - 1)
+    shared = found * wanted if opinion is None else torch.minimum(found, wanted)
+    sums = torch.stack([each.sum((0, 2, 3, 4)) for each in (shared, found, wanted)])  # (3, classes - 1)
     common, ours, theirs = world.total(sums)
     dice = 1 - (2 * common + SMOOTHING) / (ours + theirs + SMOOTHING)
     loss: Tensor = dice.mean() + likelihood

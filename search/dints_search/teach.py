@@ -43,8 +43,10 @@ class Teachers:
         if not self.networks:
             return None
         with autocast(image.device.type, self.precision):
-            logits = [network(image) for network in self.networks]
-        return torch.stack([each.float().softmax(dim=1) for each in logits]).mean(dim=0)
+            total = torch.zeros((), device=image.device)
+            for network in self.networks:
+                total = total + network(image).float().softmax(dim=1)
+        return total / len(self.networks)
 
 
 def open_teachers(runs: Sequence[Path], recipe: Recipe, unseen: Mapping[str, str], device: str) -> Teachers:
@@ -57,8 +59,10 @@ def open_teachers(runs: Sequence[Path], recipe: Recipe, unseen: Mapping[str, str
         device: where the training runs.
 
     Raises:
-        DatasetError: as for `continue_from`.
+        DatasetError: as for `continue_from`; `recipe-invalid` where teachers would have no share of the target.
     """
+    if runs and not recipe.retraining.teaching:
+        raise DatasetError("recipe-invalid", "expected retraining.teaching above 0 with --teacher, found 0: drop one")
     networks = tuple(_finished(run, recipe, unseen).to(device) for run in runs)
     return Teachers(networks, recipe.retraining.teaching, recipe.retraining.precision)
 
@@ -89,12 +93,13 @@ def _finished(run: Path, recipe: Recipe, unseen: Mapping[str, str]) -> DiNTSNetw
     if seen := seen_cases(config, unseen):
         raise DatasetError(
             "cases-seen",
-            f"expected {run} to know no case that this training leaves out, found {seen[0]}: choose a run of the same "
-            "fold",
+            f"expected {run} to know no case that this training leaves out, found {seen[0]} by its id or its content: "
+            "choose a run of the same fold, or rename other scans of the same ids",
         )
     return network
 
 
 def _meaning(recipe: Recipe) -> tuple[Any, ...]:
     """Return what a network's input and output mean; the window may differ, the network is convolutional."""
-    return recipe.spacing, [channel.intensity for channel in recipe.channels], recipe.label_names
+    channels = [(channel.name, channel.intensity, channel.fill) for channel in recipe.channels]
+    return recipe.spacing, channels, recipe.label_names

@@ -21,7 +21,8 @@ class TorchSession:
 
     def submit(self, batch: Batch) -> Handle:
         """Run a batch (N, C, I, J, K) now; the handle is its result."""
-        with torch.inference_mode(), autocast(torch.device(self._device).type, self.info.precision):
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # fp32 means fp32, on a GPU too
+        with torch.inference_mode(), exact, autocast(torch.device(self._device).type, self.info.precision):
             return self._network(torch.from_numpy(batch).to(self._device)).float().cpu().numpy()
 
     def result(self, handle: Handle) -> Batch:

@@ -55,6 +55,8 @@ def test_a_search_in_half_precision_goes_on_where_it_stopped(tmp_path: Path, pre
     with pytest.raises(KeyboardInterrupt):
         search(recipe, task, tmp_path / "run", fold=0, device=DEVICE, report=stop)
     found = search(recipe, task, tmp_path / "run", fold=0, device=DEVICE, resume=True)
+    search(recipe, task, tmp_path / "whole", fold=0, device=DEVICE)
+    assert losses(tmp_path / "run", "loss") == pytest.approx(losses(tmp_path / "whole", "loss"), rel=10 * CLOSE)
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run", "loss"))
     assert all(parameter.isfinite().all() for parameter in found.network.architecture.parameters())
 

@@ -424,16 +424,17 @@ def test_a_real_full_disk_is_named(full_disk_of_a_machine: Path, made: Made) -> 
     assert list(full_disk_of_a_machine.glob("engines/*")) == []
 
 
-def test_a_plan_of_onnx_runtime_that_others_may_change_is_not_loaded(
+def test_a_plan_of_onnx_runtime_is_loaded_from_a_folder_of_the_owner_alone_and_through_no_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DINTS_STATE", str(tmp_path / "state"))
     plan = plan_folder() / "a.engine"
     plan.write_bytes(b"plan")
-    plan.chmod(0o600)
+    plan.chmod(0o664)  # as ONNX Runtime leaves it under a usual umask
+    plan.parent.chmod(0o755)
     assert plan_folder() == plan.parent
     assert stat.S_IMODE(plan.parent.stat().st_mode) == 0o700
-    plan.chmod(0o666)
+    (plan.parent / "b.engine").symlink_to(plan)
     with pytest.raises(EngineError) as caught:
         plan_folder()
     assert caught.value.code == "state-permissions"

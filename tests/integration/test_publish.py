@@ -334,14 +334,13 @@ def test_what_cannot_be_published_is_refused_and_leaves_nothing(place: Path) -> 
     assert sorted(path.name for path in (place / "out").rglob("*")) == before
 
 
-def card_of(place: Path, config: RunConfig, written: dict[str, Any]) -> str:
-    """Return the card that a run of these figures would get."""
+def card_of(place: Path, config: RunConfig, written: dict[str, Any], *others: RunConfig) -> str:
+    """Return the card that a run of these figures would get, alone or with others."""
     parity = Certificate.model_validate_json((place / "out" / "balls" / "parity.json").read_text())
     nothing = np.zeros((0, 1, 12, 12, 12), np.float32)
     exported = Exported(b"", nothing, nothing, parity.comparisons)
-    return write_card(
-        entry_of([config], "balls"), [config], written, [exported], Described(1, 1.0, "found in a drawer")
-    )
+    configs = [config, *others]
+    return write_card(entry_of(configs, "balls"), configs, written, [exported], Described(1, 1.0, "found in a drawer"))
 
 
 def test_a_structure_that_is_in_no_case_has_a_dash_on_the_card(place: Path) -> None:
@@ -370,6 +369,14 @@ def test_the_card_of_a_taught_run_names_its_teachers_and_where_it_began(place: P
     assert "those of an earlier run (SHA-256 ab12)" in card
     assert "0.5 of the target was the mean opinion of earlier runs (SHA-256 of their weights: cd34, ef56)" in card
     assert "--from RUN --teacher RUN --teacher RUN --out runs/balls" in card
+    other = config.model_copy(update={"fold": 1, "teachers": ("0123",), "origin": None, "known": {"case": "45"}})
+    both = card_of(place, config, metrics(place), other)
+    assert "- Fold 0, seed 0: 0.5 of the target was the mean opinion of earlier runs" in both
+    assert (
+        "- Fold 1, seed 0: 0.5 of the target was the mean opinion of earlier runs (SHA-256 of their weights: 0123)"
+        in both
+    )
+    assert "- Fold 1, seed 0: Those runs knew 1 further cases" in both
 
 
 def test_a_case_without_any_label_still_gives_a_parity_window(place: Path, tmp_path: Path) -> None:

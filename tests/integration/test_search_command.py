@@ -44,8 +44,9 @@ def alone(machine: Machine) -> Path:
 
 
 def test_a_search_leaves_what_a_person_wants_to_see(alone: Path) -> None:
-    about = read_genotype(alone / "genotype.json").about
-    assert about == "searched on the training part of fold 0 of Balls, sigma 0.5"
+    found = read_genotype(alone / "genotype.json")
+    assert found.searched_fold == 0
+    assert found.about == "searched on the training part of fold 0 of Balls, sigma 0.5"
     wanted = {"config.toml", "metrics.jsonl", "genotype.json", "architecture.svg", "architecture.png", "relaxation.png"}
     assert wanted <= {path.name for path in alone.iterdir()}
     assert any((alone / "events").iterdir())
@@ -89,9 +90,12 @@ def test_a_run_is_taught_by_another_and_measured_on_the_device_that_is_named(mac
     assert (first.origin, first.teachers) == (None, ())
     assert second.teachers == (second.origin,)
     measure = ["evaluate", "--run", "second", "--data", "task", "--json"]
-    assert machine.run(*measure, "--device", "cpu").json["summary"]["cases"] > 0
-    refused = machine.run(*measure, "--device", "cuda:99")
-    assert (refused.code, json.loads(refused.out)["error"]["code"]) == (2, "usage")
+    measured = machine.run(*measure, "--device", "cpu").json
+    assert (measured["summary"]["cases"] > 0, measured["device"]) == (True, "cpu")
+    entry = ["evaluate", "--model", "hippocampus", "--data", "task", "--json", "--device", "cpu"]
+    for call in ([*measure, "--device", "cuda:99"], entry):
+        refused = machine.run(*call)
+        assert (refused.code, json.loads(refused.out)["error"]["code"]) == (2, "usage")
 
 
 def in_two_processes(machine: Machine, *words: object) -> str:
@@ -138,7 +142,7 @@ def test_retraining_a_searchs_network_leaves_out_what_the_search_held_out_and_re
     assert "| retrained, dints |" in (alone / "report.md").read_text(encoding="utf-8")
     assert "flatter" not in done.err
     other = machine.run(*words, "--out", "elsewhere-folded", "--fold", "1", "--steps", "1", "--threads", "1")
-    assert "searched on the training part of fold 0, which holds cases that fold 1 measures" in other.err
+    assert "searched on the training part of fold 0, which holds the cases that fold 1 measures" in other.err
     both = machine.run(*words, "--genotype", str(alone / "genotype.json"))
     assert both.code == 2
     assert "either --genotype FILE or --search RUN" in both.out + both.err
@@ -161,8 +165,10 @@ def test_two_processes_retrain_as_one_with_the_doubled_batch(machine: Machine) -
     write_genotype(machine.folder / "genotype.json")
     words: list[object] = ["retrain", "--genotype", "genotype.json", "--task", "tiny.toml", "--data", "task", "--json"]
     words += ["--set", 'retraining.precision="fp32"', "--steps", 8, "--threads", 1]
-    done = machine.run(*words, "--out", "one")
+    assert machine.run(*words, "--out", "teacher").code == 0
+    done = machine.run(*words, "--from", "teacher", "--teacher", "teacher", "--out", "one")
     assert done.code == 0, done.err
+    words += ["--from", "teacher", "--teacher", "teacher"]
     both = [*words, "--out", "both", "--set", "retraining.batch=1"]
     assert json.loads(in_two_processes(machine, *both))["run"] == "both"
     losses = [

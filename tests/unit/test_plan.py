@@ -175,6 +175,7 @@ WRONG = [
     "batch = [",
     "labels = []",
     "labels.2.nsd_tolerance = 1",
+    "labels.-1.nsd_tolerance = 1",
     "labels.first.nsd_tolerance = 1",
 ]
 

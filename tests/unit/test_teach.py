@@ -82,11 +82,22 @@ def test_the_target_is_so_much_opinion_and_the_rest_label(share: float) -> None:
     logits, label, opinion = drawn()
     target = (1 - share) * one_hot(label) + share * opinion
     p = logits.softmax(dim=1)
-    dims = (0, 2, 3, 4)
-    dice = 1 - (2 * (p * target).sum(dims) + 1e-5) / (p.sum(dims) + target.sum(dims) + 1e-5)
+    dims, common = (0, 2, 3, 4), (p + target - (p - target).abs()) / 2
+    dice = 1 - (2 * common.sum(dims) + 1e-5) / (p.sum(dims) + target.sum(dims) + 1e-5)
     expected = dice[1:].mean() + functional.cross_entropy(logits, target)
     loss = segmentation_loss(logits, label, opinion=opinion, share=share)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_loss_is_least_where_the_network_agrees_with_its_teachers() -> None:
+    _, label, opinion = drawn()
+
+    def loss(weight: float) -> float:
+        other = torch.full_like(opinion, 1 / 3)
+        logits = torch.lerp(opinion, other, abs(weight)).log() * (1 + max(0.0, -weight))  # softer, or harder
+        return segmentation_loss(logits, label, opinion=opinion, share=1.0).item()
+
+    assert all(loss(0) < loss(weight) for weight in (-0.5, -0.1, -0.01, 0.01, 0.1, 0.5))
 
 
 def test_an_opinion_that_is_the_label_changes_nothing() -> None:
@@ -169,7 +180,10 @@ def test_a_run_that_cannot_teach_is_refused_and_leaves_no_folder(school: Path, t
     renamed = Path(shutil.copytree(school / "a", tmp_path / "renamed"))
     text = (renamed / "config.toml").read_text()
     (renamed / "config.toml").write_text(text.replace('name = "Part 1"', 'name = "Another part"'))
+    swapped = Path(shutil.copytree(school / "a", tmp_path / "swapped"))
+    (swapped / "config.toml").write_text(text.replace('name = "MR"', 'name = "T2"'))
     refusals = [(school / "other-fold", "cases-seen"), (unfinished, "checkpoint-invalid"), (renamed, "run-mismatch")]
+    refusals.append((swapped, "run-mismatch"))
     if use == "origin":
         refusals += [(school / "wide", "run-mismatch"), (school / "other-network", "run-mismatch")]
     for other, code in refusals:
@@ -206,3 +220,18 @@ def test_an_entry_that_learned_from_strangers_knows_their_cases(school: Path, tm
         assert training is not None
         assert training.cases == config.cases | other
     assert read_config(school / "a").all_cases == read_config(school / "a").cases
+
+
+def test_strangers_of_the_same_name_are_kept_apart(school: Path, tmp_path: Path) -> None:
+    write_task(tmp_path / "task", seed=2)
+    learn(tmp_path, tmp_path / "strangers")
+    taught = read_config(learn(school, tmp_path / "run", teachers=[tmp_path / "strangers"]).parent)
+    theirs = read_config(tmp_path / "strangers").cases
+    assert set(taught.known.values()) == set(theirs.values())
+    assert not set(taught.known) & set(taught.cases)
+
+
+def test_teachers_without_a_share_are_refused(school: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        learn(school, tmp_path / "run", teachers=[school / "a"], teaching=0.0)
+    assert caught.value.code == "recipe-invalid"
