@@ -46,7 +46,7 @@ def test_scores_on_unseen_real_cases_equal_the_published_ones(engine: str, data:
 def test_published_mean_dice_reaches_the_bar() -> None:
     metrics = json.loads((shipped_zoo() / ENTRY / "metrics.json").read_text())
     assert metrics["summary"]["cases"] == 42
-    assert metrics["summary"]["mean"]["dice"] >= 0.889
+    assert metrics["summary"]["mean"]["dice"] >= 0.891
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
