@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -81,26 +82,25 @@ def search_command(
             **{"unrolled": unrolled or None, "checkpointing": checkpointing or None, "compiled": compiled or None},
         )
         choice = Choice(decode, max_gmac, max_memory, max_latency, joint)
-        with progress("search") as bar:
-            options = {"fold": fold, "seed": seed, "resume": resume, "device": device, "cache": cache}
-            chosen = _search(recipe, choice, data, out, bar, **options)
-        _tell(out, chosen, as_json)
+        options = {"fold": fold, "seed": seed, "resume": resume, "device": device, "cache": cache}
+        _tell(out, _search(recipe, choice, data, out, **options), as_json)
 
 
-def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, bar: Bar, **options: Any) -> Chosen | None:
+def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, **options: Any) -> Chosen | None:
     """Search and conclude; None in a process that does not write."""
     from dints_search.choice import check_choice
     from dints_search.conclude import conclude, report
     from dints_search.search import search
 
-    def show(done: int, figures: dict[str, float | str]) -> None:
+    def show(bar: Bar, done: int, figures: dict[str, float | str]) -> None:
         wanted = ("loss", "L_seg", "L_alpha", "L_eta", "L_tp", "usage")
         names = {"loss": "L_w", "usage": "Me/Ma"}
         note = " ".join(f"{names.get(name, name)} {figures[name]:.3g}" for name in wanted if name in figures)
         bar(done, recipe.search.steps, note)
 
     check_choice(choice)
-    found = search(recipe, read_dataset(data), out, report=show, **options)
+    with progress("search") as bar:
+        found = search(recipe, read_dataset(data), out, report=partial(show, bar), **options)
     if not found.writes:
         return None
     chosen = conclude(out, found.network.architecture, recipe, choice)
