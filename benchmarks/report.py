@@ -25,8 +25,9 @@ PAGES: Final = {
     "performance": f"""# Performance
 
 {MADE} The ratios count, not the
-seconds. Contenders took turns on one machine, but for the whole CT and the peaks of memory, which are one run each,
-and for int8 and nnU-Net on the eighth: these were gathered over the commits that are named, on one kind of machine.
+seconds. Contenders took turns on one machine, but for the peaks of memory, which are one run each, for the first of the
+two runs of the whole CT, and for nnU-Net, and int8 on the eighth: these were gathered over the commits that are named,
+on one kind of machine.
 """,
     "dicom-measured": f"""# DICOM, measured
 
