@@ -72,6 +72,9 @@ class Decoders:
         worker = self._idle.get()
         healthy = False
         try:
+            if worker is not None and worker.orphaned():  # no file is to blame for that
+                worker.stop()
+                worker = None
             worker = worker or _Worker(self._nursery)
             yield from worker.frames(headers)
             healthy = True
@@ -89,6 +92,11 @@ class _Nursery:
         self._lock = threading.Lock()
         self._popen: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """Return the process, where there is one."""
+        return self._popen
 
     def start(self) -> None:
         """Start the process where there is none, or none any more; what hinders it shows when it is needed."""
@@ -185,9 +193,14 @@ class _Worker:
         try:
             with end:
                 self.pid = nursery.fork(end)
+            self.parent = nursery.process
         except DintsError:
             self.connection.close()
             raise
+
+    def orphaned(self) -> bool:
+        """Return whether the process that forked this one has ended: this one dies with it, if it has not yet."""
+        return self.parent is None or self.parent.poll() is not None
 
     def stop(self) -> None:
         """End the process, whatever it does."""
