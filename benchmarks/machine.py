@@ -36,7 +36,8 @@ def commit() -> str:
 
 def origin() -> dict[str, str]:
     """Return the commit and the processor of a run, which it carries where a file gathers runs of several calls."""
-    return {"commit": commit(), "processor": str(description()["processor"])}
+    found = description()
+    return {name: found[name] for name in ("commit", "processor")}
 
 
 def read(name: str) -> dict[str, Any] | None:

@@ -93,8 +93,7 @@ def _retrain(
     from dints_search.world import leads
 
     network = read_genotype(genotype or Path(search or "") / "genotype.json")
-    searched = read_search_config(search) if search else None
-    without = searched.held_out if searched else {}
+    without = read_search_config(search).held_out if search else {}
     if leads():
         note_search(network, [options["fold"]])
     if not set(without) <= {case.id for case in dataset.cases}:

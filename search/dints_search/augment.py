@@ -48,13 +48,12 @@ class Augmenter:
         rngs = [np.random.default_rng(seed) for seed in seeds]
         image, label = self._warped(*self._shifted(image, label, rngs), rngs)
         for name, change in INTENSITY:
-            chosen = _those_with(getattr(self.settings, name), rngs)
-            if chosen:
+            if chosen := _those_with(getattr(self.settings, name), rngs):
                 image[chosen] = change(image[chosen], self.settings, [rngs[n] for n in chosen])
         for axis in self.settings.mirror:
-            chosen = _those_with(0.5, rngs)
-            flips = torch.tensor([n in chosen for n in range(len(rngs))], device=image.device).view(-1, 1, 1, 1, 1)
-            image, label = (torch.where(flips, each.flip(AXES[axis]), each) for each in (image, label))
+            if chosen := _those_with(0.5, rngs):
+                for each in (image, label):
+                    each[chosen] = each[chosen].flip(AXES[axis])
         return image, label
 
     def _shifted(self, image: Tensor, label: Tensor, rngs: Rngs) -> tuple[Tensor, Tensor]:

@@ -37,14 +37,17 @@ def segmentation_loss(
             product where the target is 0 or 1, and is least where the two agree (Wang et al. 2023, arXiv:2303.16296).
     """
     log = functional.log_softmax(logits, dim=1)
-    target = functional.one_hot(label[:, 0].long(), logits.shape[1]).movedim(-1, 1).to(log)
+    found = log.exp()[:, 1:]
+    classes = functional.one_hot(label[:, 0].long(), logits.shape[1]).movedim(-1, 1)
     if opinion is None:
         likelihood = functional.nll_loss(log, label[:, 0].long())
+        wanted = classes[:, 1:].to(log)
+        shared = found * wanted
     else:
-        target = torch.lerp(target, opinion, share)
+        target = torch.lerp(classes.to(log), opinion, share)
         likelihood = -(target * log).sum(dim=1).mean()
-    found, wanted = log.exp()[:, 1:], target[:, 1:]
-    shared = found * wanted if opinion is None else torch.minimum(found, wanted)
+        wanted = target[:, 1:]
+        shared = torch.minimum(found, wanted)
     sums = torch.stack([each.sum((0, 2, 3, 4)) for each in (shared, found, wanted)])  # (3, classes - 1)
     common, ours, theirs = world.total(sums)
     dice = 1 - (2 * common + SMOOTHING) / (ours + theirs + SMOOTHING)

@@ -194,8 +194,16 @@ def test_a_run_that_cannot_teach_is_refused_and_leaves_no_folder(school: Path, t
         assert not (tmp_path / "run").exists()
 
 
-def test_a_wider_network_teaches_a_narrow_one(school: Path, tmp_path: Path) -> None:
-    assert learn(school, tmp_path / "run", teachers=[school / "wide"], teaching=0.9).is_file()
+def test_a_wider_network_teaches_a_narrow_one_and_more_so_with_a_greater_share(school: Path, tmp_path: Path) -> None:
+    alone = load_file(school / "a" / "weights.safetensors")
+
+    def moved(share: float) -> float:
+        """Return how far a teacher takes the weights of a run that is else the same."""
+        options: dict[str, Any] = {"teachers": [school / "wide"], "teaching": share}
+        taught = load_file(learn(school, tmp_path / f"run-{share}", **options))
+        return sum(float((taught[name] - tensor).square().sum()) for name, tensor in alone.items())
+
+    assert 0 < moved(1e-6) < 0.01 * moved(0.9)
 
 
 def test_a_case_held_out_of_a_training_is_held_out_of_its_teachers_too(school: Path, tmp_path: Path) -> None:
