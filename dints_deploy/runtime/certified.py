@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
@@ -18,6 +19,7 @@ from dints_deploy.runtime.engine import (
     COMPUTES,
     PRECISIONS,
     Engine,
+    Session,
     available_threads,
     build_engine,
     check_precision,
@@ -38,6 +40,9 @@ Certified = tuple[str, list[bytes], str]
 LONG_RUN: Final = 32
 """From this many runs of a network on, a last window that computes alone costs less than the others win."""
 
+MANY_WINDOWS: Final = 64
+"""From this many runs of a network on, fewer multiplications win back what it takes to rewrite it (about 10 s)."""
+
 MOST_LOGITS_BYTES: Final = 64 << 20
 """Of one window, up to which two windows compute at a time: 18 classes over 96 x 96 x 96."""
 
@@ -52,8 +57,9 @@ def choose_networks(
     precision: str = "fp32",
     device: str = "cpu",
     threads: int | None = None,
+    fewer_products: bool = False,
 ) -> Choice:
-    """Return the engine to run an entry with, and its networks; arguments as for `segment`.
+    """Return the engine to run an entry with, and its networks; arguments as for `segment` and `choose_engine`.
 
     Raises:
         UsageError: there is no such engine, precision or device, or not together.
@@ -64,7 +70,9 @@ def choose_networks(
         raise UsageError("usage", f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
     threads = threads or available_threads()
     at_once = side_by_side(runnable(entry).spec, windows, threads)
-    chosen, why = choose_engine(engine, windows=windows, device=device, threads=threads, at_once=at_once)
+    chosen, why = choose_engine(
+        engine, windows=windows, device=device, threads=threads, at_once=at_once, fewer_products=fewer_products
+    )
     if precision == "fp32" and engine not in COMPILED:
         certified = _plan_if_any(entry, device) if engine == "auto" and device != "cpu" else ""
         if isinstance(certified, str):
@@ -84,6 +92,31 @@ def side_by_side(spec: Entry, windows: int, threads: int) -> int:
     """
     small = 4 * spec.outputs * math.prod(spec.window) <= MOST_LOGITS_BYTES
     return 2 if windows >= LONG_RUN and threads % 2 == 0 and len(spec.members) == 1 and small else 1
+
+
+def fewer_products(entry: LoadedEntry, windows: int) -> bool:
+    """Say whether a run in fp32 may rewrite large convolutions (docs/decisions/0024-fewer-multiplications.md).
+
+    Only where the entry has windows to prove the outcome on.
+    """
+    from dints_deploy.runtime.parity import INPUTS_FILE
+
+    return windows >= MANY_WINDOWS and INPUTS_FILE in entry.digests
+
+
+def proven_here(entry: LoadedEntry, sessions: Sequence[Session]) -> bool:
+    """Say whether rewritten networks keep the entry's fp32 limits on its own first window.
+
+    The reference is the entry's: torch's logits. The limits are those that any fp32 engine has to keep.
+
+    Raises:
+        EntryError: the entry's windows cannot be read. EngineError: an engine fails.
+    """
+    from dints_deploy.runtime.export import proofs_of
+    from dints_deploy.runtime.parity import keeps_limits
+
+    pairs = zip(sessions, proofs_of(entry), strict=True)
+    return all(keeps_limits(session, entry.spec, proof.windows[:1], proof.logits[:1]) for session, proof in pairs)
 
 
 def _able(precision: str, device: str) -> list[str]:

@@ -37,6 +37,7 @@ class SessionInfo:
         device: CPU, cuda:0 ...
         precision: that the engine was told to compute in.
         why: why this engine was chosen.
+        saved: multiplications per window that the network was rewritten to do without; 0 where it runs as it is.
     """
 
     engine: str
@@ -44,6 +45,7 @@ class SessionInfo:
     device: str
     precision: str
     why: str = ""
+    saved: float = 0.0
 
 
 class Session(Protocol):
@@ -124,7 +126,13 @@ FEW_WINDOWS: Final = 4
 
 
 def choose_engine(
-    name: str, *, windows: int, device: str = "cpu", threads: int | None = None, at_once: int = 1
+    name: str,
+    *,
+    windows: int,
+    device: str = "cpu",
+    threads: int | None = None,
+    at_once: int = 1,
+    fewer_products: bool = False,
 ) -> tuple[Engine, str]:
     """Return an engine and why it was chosen.
 
@@ -134,6 +142,7 @@ def choose_engine(
         device: cpu or cuda:N.
         threads: CPU threads, None for all.
         at_once: windows that compute at a time, where the engine can.
+        fewer_products: rewrite large convolutions, where the engine can.
 
     Raises:
         UsageError: the name or device is unknown. EngineError: `engine-missing`.
@@ -142,7 +151,8 @@ def choose_engine(
     chosen, why = choose_name(name, windows, device)
     if not installed(chosen):
         raise EngineError("engine-missing", f"expected the engine {chosen}, found it not installed: {FIX[chosen]}")
-    return build_engine(chosen, device, threads or available_threads(), at_once=at_once), why
+    threads = threads or available_threads()
+    return build_engine(chosen, device, threads, at_once=at_once, fewer_products=fewer_products), why
 
 
 def check_engine(name: str, device: str) -> None:
@@ -186,12 +196,12 @@ def choose_name(name: str, windows: int, device: str) -> tuple[str, str]:
     return "onnx", "the only CPU engine installed"
 
 
-def build_engine(name: str, device: str, threads: int, *, at_once: int = 1) -> Engine:
-    """Return an engine that is installed; `at_once` windows compute at a time, where it can."""
+def build_engine(name: str, device: str, threads: int, *, at_once: int = 1, fewer_products: bool = False) -> Engine:
+    """Return an engine that is installed; the last two arguments are for those that can: see `choose_engine`."""
     if name == "openvino":
         from dints_deploy.runtime.openvino_engine import OpenVinoEngine
 
-        return OpenVinoEngine(threads=threads, at_once=at_once)
+        return OpenVinoEngine(threads=threads, at_once=at_once, fewer_products=fewer_products)
     if name == "tensorrt":
         from dints_deploy.runtime.tensorrt_engine import TensorRtEngine
 

@@ -33,10 +33,9 @@ from dints_deploy.runtime.engine import (
 )
 from dints_deploy.runtime.evaluate import evaluate
 from dints_deploy.runtime.machine import describe_device
-from dints_deploy.runtime.parity import compare, exceeded, hostile_windows, limits_of, run_windows
+from dints_deploy.runtime.parity import INPUTS_FILE, compare, exceeded, hostile_windows, limits_of, run_windows
 from dints_deploy.runtime.report import software_version
 
-INPUTS_FILE: Final = "parity_inputs.npz"
 TIMED_ROUNDS: Final = 5
 
 Progress = Callable[[str, int, int], None]

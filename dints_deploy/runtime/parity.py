@@ -22,6 +22,7 @@ from dints_deploy.runtime.metrics import dice
 from dints_deploy.runtime.restore import decision
 
 PARITY_FILE = "parity.json"
+INPUTS_FILE = "parity_inputs.npz"
 
 
 class Comparison(Strict):
@@ -115,6 +116,14 @@ def compare(
         hostile_max_abs_logit=float(np.abs(harsh.astype(np.float64) - hostile[1]).max()),
         hostile_label_agreement=float((_labels(harsh, spec) == _labels(hostile[1], spec)).mean()),
     )
+
+
+def keeps_limits(session: Session, spec: Entry, windows: Batch, reference: Batch) -> bool:
+    """Say whether a session keeps the entry's fp32 limits on real windows (N, C, I, J, K); NaN does not."""
+    logits = run_windows(session, windows)
+    agreement = float((_labels(logits, spec) == _labels(reference, spec)).mean())
+    close = float(np.abs(logits.astype(np.float64) - reference).max()) <= spec.parity.max_abs_logit
+    return close and agreement >= spec.parity.min_label_agreement
 
 
 def _labels(logits: Batch, spec: Entry) -> NDArray[Any]:

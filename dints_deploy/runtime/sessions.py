@@ -11,7 +11,7 @@ import numpy as np
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.runtime.certified import choose_networks, side_by_side
+from dints_deploy.runtime.certified import choose_networks, fewer_products, proven_here, side_by_side
 from dints_deploy.runtime.engine import MOST_PER_CALL, Session, available_threads, choose_name
 from dints_deploy.runtime.infer import mirrors
 from dints_deploy.runtime.rss import resident_bytes
@@ -80,11 +80,12 @@ class WarmSessions:
         """Return the networks of an entry, loaded now or before; arguments and errors as for `open_sessions`."""
         weights = tuple(entry.digests[member.onnx] for member in entry.spec.members)
         runs = runs_of(entry.spec, windows)
-        at_once = 1  # of engines other than OpenVINO, which long and short runs share
+        at_once, rewritten = 1, False  # of engines other than OpenVINO, which long and short runs share
         name = choose_name(engine, runs, device)[0] if precision == "fp32" else engine
         if device == "cpu" and name in ("auto", "openvino"):
             at_once = side_by_side(entry.spec, runs, threads or available_threads())
-        key = (weights, entry.spec.window, engine, name, precision, device, threads, at_once)
+            rewritten = precision == "fp32" and fewer_products(entry, runs)
+        key = (weights, entry.spec.window, engine, name, precision, device, threads, at_once, rewritten)
         if key not in self._opened:
             before, batch = resident_bytes(), windows_per_call(entry.spec.window, device)
             sessions = open_sessions(
@@ -137,7 +138,20 @@ def open_sessions(
     """
     spec = runnable(entry).spec
     runs = runs_of(spec, windows)
-    chosen, networks, why = choose_networks(
-        entry, windows=runs, engine=engine, precision=precision, device=device, threads=threads
-    )
-    return [chosen.open(network, window=spec.window, batch=batch, precision=precision, why=why) for network in networks]
+    may_rewrite = precision == "fp32" and fewer_products(entry, runs)
+    for rewrite in (True, False) if may_rewrite else (False,):
+        chosen, networks, why = choose_networks(
+            entry,
+            windows=runs,
+            engine=engine,
+            precision=precision,
+            device=device,
+            threads=threads,
+            fewer_products=rewrite,
+        )
+        sessions = [
+            chosen.open(network, window=spec.window, batch=batch, precision=precision, why=why) for network in networks
+        ]
+        if not any(session.info.saved for session in sessions) or proven_here(entry, sessions):
+            break
+    return sessions
