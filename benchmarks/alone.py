@@ -27,12 +27,13 @@ def main() -> None:
     parser.add_argument("--engine", default="openvino")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--of", type=int, default=1000, help="windows of the run that they stand for")
     parser.add_argument("--product", action="store_true", help="measure the matrix product too")
     parser.add_argument("--threads", type=int, help="all by default")
     options = parser.parse_args()
     entry = load_entry(options.entry)
     (session,) = open_sessions(
-        entry, windows=1000, engine=options.engine, precision=options.precision, threads=options.threads
+        entry, windows=options.of, engine=options.engine, precision=options.precision, threads=options.threads
     )
     rng = np.random.default_rng(0)
     window = rng.uniform(size=(1, len(entry.spec.channels), *entry.spec.window)).astype(np.float32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
@@ -40,8 +39,11 @@ Certified = tuple[str, list[bytes], str]
 LONG_RUN: Final = 32
 """From this many runs of a network on, a last window that computes alone costs less than the others win."""
 
-MANY_WINDOWS: Final = 64
-"""From this many runs of a network on, fewer multiplications win back what it takes to rewrite it (about 10 s)."""
+LEAST_WINDOWS: Final = 64
+"""From this many runs on, fewer multiplications win back what it takes to rewrite a network (about 10 s)."""
+
+INPUTS_FILE: Final = "parity_inputs.npz"
+"""In an entry: real windows and torch's logits on them."""
 
 MOST_LOGITS_BYTES: Final = 64 << 20
 """Of one window, up to which two windows compute at a time: 18 classes over 96 x 96 x 96."""
@@ -94,29 +96,26 @@ def side_by_side(spec: Entry, windows: int, threads: int) -> int:
     return 2 if windows >= LONG_RUN and threads % 2 == 0 and len(spec.members) == 1 and small else 1
 
 
-def fewer_products(entry: LoadedEntry, windows: int) -> bool:
-    """Say whether a run in fp32 may rewrite large convolutions (docs/decisions/0024-fewer-multiplications.md).
+def may_rewrite(entry: LoadedEntry, windows: int) -> bool:
+    """Say whether a run in fp32 may take fewer multiplications (docs/decisions/0024-fewer-multiplications.md).
 
-    Only where the entry has windows to prove the outcome on.
+    Only where the entry has windows to prove the outcome on, and one network: each member would cost the start and the
+    memory again.
     """
-    from dints_deploy.runtime.parity import INPUTS_FILE
-
-    return windows >= MANY_WINDOWS and INPUTS_FILE in entry.digests
+    return windows >= LEAST_WINDOWS and len(entry.spec.members) == 1 and INPUTS_FILE in entry.digests
 
 
-def proven_here(entry: LoadedEntry, sessions: Sequence[Session]) -> bool:
-    """Say whether rewritten networks keep the entry's fp32 limits on its own first window.
+def not_proven(entry: LoadedEntry, session: Session) -> str:
+    """Return what a rewritten network misses of the fp32 limits on the entry's first real window; "" for nothing.
 
-    The reference is the entry's: torch's logits. The limits are those that any fp32 engine has to keep.
+    The reference is the entry's: torch's logits.
 
     Raises:
-        EntryError: the entry's windows cannot be read. EngineError: an engine fails.
+        EntryError: the window cannot be read. EngineError: the engine fails.
     """
-    from dints_deploy.runtime.export import proofs_of
-    from dints_deploy.runtime.parity import keeps_limits
+    from dints_deploy.runtime.parity import first_window, misses_on
 
-    pairs = zip(sessions, proofs_of(entry), strict=True)
-    return all(keeps_limits(session, entry.spec, proof.windows[:1], proof.logits[:1]) for session, proof in pairs)
+    return "; ".join(misses_on(session, entry.spec, *first_window(entry)))
 
 
 def _able(precision: str, device: str) -> list[str]:

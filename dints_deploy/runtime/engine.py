@@ -37,7 +37,7 @@ class SessionInfo:
         device: CPU, cuda:0 ...
         precision: that the engine was told to compute in.
         why: why this engine was chosen.
-        saved: multiplications per window that the network was rewritten to do without; 0 where it runs as it is.
+        products_saved: multiplications per window that a rewritten network does without; 0 where it runs as it is.
     """
 
     engine: str
@@ -45,7 +45,7 @@ class SessionInfo:
     device: str
     precision: str
     why: str = ""
-    saved: float = 0.0
+    products_saved: float = 0.0
 
 
 class Session(Protocol):

@@ -23,6 +23,7 @@ from dints_deploy.catalog.dataset import Case
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import EngineError, EntryError, UsageError
 from dints_deploy.runtime.certificate import LocalCertificate, Target, install
+from dints_deploy.runtime.certified import INPUTS_FILE
 from dints_deploy.runtime.engine import (
     Batch,
     Session,
@@ -33,7 +34,7 @@ from dints_deploy.runtime.engine import (
 )
 from dints_deploy.runtime.evaluate import evaluate
 from dints_deploy.runtime.machine import describe_device
-from dints_deploy.runtime.parity import INPUTS_FILE, compare, exceeded, hostile_windows, limits_of, run_windows
+from dints_deploy.runtime.parity import compare, exceeded, hostile_windows, limits_of, run_windows
 from dints_deploy.runtime.report import software_version
 
 TIMED_ROUNDS: Final = 5

@@ -64,6 +64,8 @@ class OpenVinoEngine:
                 "engine-failed",
                 f"expected OpenVINO to compute in {hint} here, found {told}: use another --precision",
             )
+        if saved:
+            why += f"; {saved / 1e9:.0f} GMAC of a window saved (Winograd's convolutions)"
         info = SessionInfo(self.name, openvino.__version__.split("-")[0], "cpu", precision, why, saved)
         return OpenVinoSession(compiled, info, under_way=self.at_once + 1)
 

@@ -7,6 +7,8 @@ reference's logits on them.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,12 +19,12 @@ from dints_deploy.catalog.catalog import LoadedEntry
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.catalog.strict import Strict, read_json
 from dints_deploy.errors import EntryError
+from dints_deploy.runtime.certified import INPUTS_FILE
 from dints_deploy.runtime.engine import COMPILED, Batch, Session, SessionInfo
 from dints_deploy.runtime.metrics import dice
 from dints_deploy.runtime.restore import decision
 
 PARITY_FILE = "parity.json"
-INPUTS_FILE = "parity_inputs.npz"
 
 
 class Comparison(Strict):
@@ -118,12 +120,36 @@ def compare(
     )
 
 
-def keeps_limits(session: Session, spec: Entry, windows: Batch, reference: Batch) -> bool:
-    """Say whether a session keeps the entry's fp32 limits on real windows (N, C, I, J, K); NaN does not."""
-    logits = run_windows(session, windows)
+def first_window(entry: LoadedEntry) -> tuple[Batch, Batch]:
+    """Return the first real window (1, C, I, J, K) of an entry of one network, and the reference's logits on it.
+
+    Raises:
+        EntryError: `entry-invalid` when they cannot be read, or are not this network's.
+    """
+    try:
+        with (entry.folder / INPUTS_FILE).open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            window, logits = (stored[name][:1].astype(np.float32) for name in ("windows", "logits0"))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as fault:
+        raise EntryError("entry-invalid", f"expected windows and logits in {INPUTS_FILE}, found: {fault}") from fault
+    spec = entry.spec
+    wanted = (1, len(spec.channels), *spec.window), (1, spec.outputs, *spec.window)
+    if (window.shape, logits.shape) != wanted:
+        raise EntryError("entry-invalid", f"expected windows {wanted[0]} in {INPUTS_FILE}, found {window.shape}")
+    return window, logits
+
+
+def misses_on(session: Session, spec: Entry, windows: Batch, reference: Batch) -> list[str]:
+    """Return what a session misses of the entry's fp32 limits on real windows, one phrase each; NaN misses all."""
+    logits, limits = run_windows(session, windows), spec.parity
+    error = float(np.abs(logits.astype(np.float64) - reference).max())
     agreement = float((_labels(logits, spec) == _labels(reference, spec)).mean())
-    close = float(np.abs(logits.astype(np.float64) - reference).max()) <= spec.parity.max_abs_logit
-    return close and agreement >= spec.parity.min_label_agreement
+    most, least = limits.max_abs_logit, limits.min_label_agreement
+    kept = {
+        f"max_abs_logit of {most:g}, found {error:.3g}": error <= most,
+        f"min_label_agreement of {least:g}, found {agreement:.6g}": agreement >= least,
+    }
+    return [phrase for phrase, fine in kept.items() if not fine]
 
 
 def _labels(logits: Batch, spec: Entry) -> NDArray[Any]:
@@ -180,5 +206,6 @@ def parity_status(entry: LoadedEntry, info: SessionInfo) -> str:
     certificate = read_json(entry.folder / PARITY_FILE, Certificate, EntryError, "entry-invalid")
     weights = [entry.digests[member.onnx] for member in entry.spec.members]
     if all(certificate.covers(digest, info) for digest in weights):
-        return "certified by the entry"
+        told = "; rewritten here, and compared on its first window" if info.products_saved else ""
+        return f"certified by the entry{told}"
     return f"not certified for {info.engine} {info.version} at {info.precision} on {info.device}"

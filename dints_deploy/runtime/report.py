@@ -58,7 +58,7 @@ def describe(
             "device": session.device,
             "precision": session.precision,
             "why": session.why,
-            "gmac_saved_per_window": round(session.saved / 1e9, 3),
+            "gmac_saved_per_window": round(session.products_saved / 1e9, 3),
             "windows": result.plan.windows,
             "windows_run": result.windows_run,
             "network_bytes": result.network_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -11,13 +11,17 @@ import numpy as np
 
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.runtime.certified import choose_networks, fewer_products, proven_here, side_by_side
+from dints_deploy.errors import EngineError, EntryError
+from dints_deploy.runtime.certified import INPUTS_FILE, choose_networks, may_rewrite, not_proven, side_by_side
 from dints_deploy.runtime.engine import MOST_PER_CALL, Session, available_threads, choose_name
 from dints_deploy.runtime.infer import mirrors
-from dints_deploy.runtime.rss import resident_bytes
+from dints_deploy.runtime.rss import available_bytes, resident_bytes
 
 CALL_VOXELS: Final = 1 << 21
 """Voxels of one call on a GPU: two windows of 96 x 96 x 96 keep it busy, many small ones are not a launch each."""
+
+MEMORY_PER_BYTE: Final = 20
+"""Free memory for each byte of a network, to rewrite it: it then holds ten, and the scan wants some too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +54,9 @@ class Opened:
 class WarmSessions:
     """Opened networks by entry and setting. Use it as a context; leaving it drops them.
 
-    What a scan gets does not depend on the scans before it: short runs, whose `auto` is another engine, and long ones,
-    whose windows OpenVINO computes side by side, share no network, as these round differently.
+    What a scan gets does not depend on the scans before it: short runs, whose `auto` is another engine, long ones,
+    whose windows OpenVINO computes side by side, and those whose network is rewritten share none, as these round
+    differently.
     """
 
     def __init__(self) -> None:
@@ -84,8 +89,10 @@ class WarmSessions:
         name = choose_name(engine, runs, device)[0] if precision == "fp32" else engine
         if device == "cpu" and name in ("auto", "openvino"):
             at_once = side_by_side(entry.spec, runs, threads or available_threads())
-            rewritten = precision == "fp32" and fewer_products(entry, runs)
-        key = (weights, entry.spec.window, engine, name, precision, device, threads, at_once, rewritten)
+            rewritten = precision == "fp32" and may_rewrite(entry, runs)
+        proof = (entry.digests[INPUTS_FILE], entry.spec.parity.model_dump_json()) if rewritten else ()
+        plain = (weights, entry.spec.window, engine, name, precision, device, threads, at_once)
+        key = (*plain, *proof)
         if key not in self._opened:
             before, batch = resident_bytes(), windows_per_call(entry.spec.window, device)
             sessions = open_sessions(
@@ -99,6 +106,8 @@ class WarmSessions:
             )
             told = sum(session.memory_bytes() for session in sessions)
             self._opened[key] = Opened(tuple(sessions), batch, told or max(0, resident_bytes() - before))
+            if not any(session.info.products_saved for session in sessions):
+                self._opened.setdefault(plain, self._opened[key])
         return self._opened[key]
 
 
@@ -138,8 +147,8 @@ def open_sessions(
     """
     spec = runnable(entry).spec
     runs = runs_of(spec, windows)
-    may_rewrite = precision == "fp32" and fewer_products(entry, runs)
-    for rewrite in (True, False) if may_rewrite else (False,):
+
+    def opened(*, fewer_products: bool, note: str = "") -> list[Session]:
         chosen, networks, why = choose_networks(
             entry,
             windows=runs,
@@ -147,11 +156,28 @@ def open_sessions(
             precision=precision,
             device=device,
             threads=threads,
-            fewer_products=rewrite,
+            fewer_products=fewer_products,
         )
-        sessions = [
-            chosen.open(network, window=spec.window, batch=batch, precision=precision, why=why) for network in networks
-        ]
-        if not any(session.info.saved for session in sessions) or proven_here(entry, sessions):
-            break
-    return sessions
+        told = why + note
+        return [chosen.open(data, window=spec.window, batch=batch, precision=precision, why=told) for data in networks]
+
+    if precision != "fp32" or not may_rewrite(entry, runs):
+        return opened(fewer_products=False)
+    sessions, fault = _proven(entry, opened)
+    return sessions or opened(fewer_products=False, note=f"; as it is written: {fault}" if fault else "")
+
+
+def _proven(entry: LoadedEntry, opened: Callable[..., list[Session]]) -> tuple[list[Session], str]:
+    """Return networks that may have been rewritten and are proven; none, and why, where they cannot be used.
+
+    Whatever is wrong with them, the network as it is written can still run.
+    """
+    needed = MEMORY_PER_BYTE * sum((entry.folder / member.onnx).stat().st_size for member in entry.spec.members)
+    if available_bytes() < needed:
+        return [], f"rewritten, it would want {needed / 2**30:.1f} GiB of free memory"
+    try:
+        sessions = opened(fewer_products=True)
+        faults = [not_proven(entry, session) for session in sessions if session.info.products_saved]
+    except (EngineError, EntryError) as error:
+        return [], f"rewritten, {error.message}"
+    return ([], f"rewritten, expected {faults[0]}") if any(faults) else (sessions, "")

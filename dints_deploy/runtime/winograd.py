@@ -54,7 +54,7 @@ class Rule:
     """What is worth it up to an extent of the features.
 
     Attributes:
-        extent: greatest number of voxels along the shortest axis.
+        extent: greatest number of voxels along the shortest axis; the others may have more.
         channels: that the convolution reads and writes, at least.
         axes: how many axes; each takes two thirds more weights, which are all that is read where features are small.
         in_turn: see `Form`.

@@ -1,0 +1,103 @@
+"""Long runs in fp32 take a network with fewer multiplications, where it is proven on the entry's own window."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dints_deploy.catalog.catalog import LoadedEntry, load_entry
+from dints_deploy.runtime.certified import INPUTS_FILE, LEAST_WINDOWS
+from dints_deploy.runtime.openvino_engine import OpenVinoEngine
+from dints_deploy.runtime.sessions import WarmSessions, open_sessions
+from tests.tiny_entry import TinyNetwork, entry_fields, write_entry
+
+WINDOW = (64, 64, 64)
+SCAN = np.random.default_rng(0).normal(size=(1, 1, *WINDOW)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def network() -> bytes:
+    """Return a network whose two large convolutions cost 58 GMAC a window."""
+    rng = np.random.default_rng(0)
+    shapes = [(64, 1, 1, 1, 1), (64, 64, 3, 3, 3), (64, 64, 3, 3, 3), (2, 64, 1, 1, 1)]
+    weights = [(rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32) for shape in shapes]
+    return TinyNetwork(tuple((weight, np.zeros(len(weight), np.float32)) for weight in weights)).onnx()
+
+
+@pytest.fixture(scope="module")
+def logits(network: bytes) -> Any:
+    session = OpenVinoEngine(threads=2).open(network, window=WINDOW, batch=1, precision="fp32")
+    return session.result(session.submit(SCAN))
+
+
+def entry_with(folder: Path, network: bytes, stored: bytes | None, **changes: Any) -> LoadedEntry:
+    extra = {} if stored is None else {INPUTS_FILE: stored}
+    fields = entry_fields(classes=2, window=list(WINDOW), **changes)
+    return load_entry(write_entry(folder / "tiny", fields, [network], extra=extra))
+
+
+def windows_file(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def test_a_long_run_is_rewritten_and_a_shorter_one_is_not(tmp_path: Path, network: bytes, logits: Any) -> None:
+    entry = entry_with(tmp_path, network, windows_file(windows=SCAN, logits0=logits))
+    with WarmSessions() as warm:
+        long, short = (warm.open(entry, windows=n, engine="openvino") for n in (LEAST_WINDOWS, LEAST_WINDOWS - 1))
+        (rewritten,), (plain,) = long.sessions, short.sessions
+        assert rewritten.info.products_saved == pytest.approx(2 * 64**3 * 64**2 * 27 / 2)
+        assert plain.info.products_saved == 0
+        found = rewritten.result(rewritten.submit(SCAN))
+    assert 0 < np.abs(found - logits).max() < 1e-4  # another rounding, and no more
+
+
+@pytest.mark.parametrize("error", [0.0009, 0.0011])
+def test_the_limit_of_an_fp32_engine_decides(tmp_path: Path, network: bytes, logits: Any, error: float) -> None:
+    reference = logits.copy()
+    reference[0, 0, 5, 6, 7] += error
+    entry = entry_with(tmp_path, network, windows_file(windows=SCAN, logits0=reference))
+    assert entry.spec.parity.max_abs_logit == 0.001
+    (session,) = open_sessions(entry, windows=LEAST_WINDOWS, engine="openvino")
+    assert (session.info.products_saved > 0) == (error < 0.001)
+    assert ("expected max_abs_logit of 0.001, found 0.0011" in session.info.why) == (error > 0.001)
+
+
+def test_labels_count_where_logits_are_close(tmp_path: Path, network: bytes, logits: Any) -> None:
+    swapped = logits[:, ::-1].copy()
+    entry = entry_with(tmp_path, network, windows_file(windows=SCAN, logits0=swapped), parity={"max_abs_logit": 1e6})
+    (session,) = open_sessions(entry, windows=LEAST_WINDOWS, engine="openvino")
+    assert session.info.products_saved == 0
+    assert "expected min_label_agreement" in session.info.why
+
+
+@pytest.mark.parametrize("stored", ["none", "NaN", "another shape", "cut", "no window", "no archive"])
+def test_what_is_not_proven_runs_as_it_is(tmp_path: Path, network: bytes, logits: Any, stored: str) -> None:
+    whole, array = windows_file(windows=SCAN, logits0=logits), io.BytesIO()
+    np.save(array, SCAN)
+    files = {
+        "none": None,
+        "NaN": windows_file(windows=SCAN, logits0=logits * np.nan),
+        "another shape": windows_file(windows=SCAN[..., :8], logits0=logits),
+        "cut": whole[: len(whole) // 2],
+        "no window": windows_file(windows=SCAN[:0], logits0=logits[:0]),
+        "no archive": array.getvalue(),
+    }
+    entry = entry_with(tmp_path, network, files[stored])
+    (session,) = open_sessions(entry, windows=LEAST_WINDOWS, engine="openvino")
+    assert session.info.products_saved == 0
+    assert ("as it is written: " in session.info.why) == (stored != "none")
+    np.testing.assert_allclose(session.result(session.submit(SCAN)), logits, rtol=0, atol=1e-5)
+
+
+def test_members_of_an_ensemble_run_as_they_are(tmp_path: Path, network: bytes, logits: Any) -> None:
+    stored = windows_file(windows=SCAN, logits0=logits, logits1=logits)
+    fields = entry_fields(classes=2, window=list(WINDOW), ensemble=2)
+    folder = write_entry(tmp_path / "two", fields, [network, network], extra={INPUTS_FILE: stored})
+    sessions = open_sessions(load_entry(folder), windows=LEAST_WINDOWS, engine="openvino")
+    assert [session.info.products_saved for session in sessions] == [0, 0]
