@@ -25,9 +25,9 @@ PAGES: Final = {
     "performance": f"""# Performance
 
 {MADE} The ratios count, not the
-seconds. Contenders took turns on one machine, but for the peaks of memory, which are one run each, for the first of the
-two runs of the whole CT, and for nnU-Net, and int8 on the eighth: these were gathered over the commits that are named,
-on one kind of machine.
+seconds. Contenders took turns on one machine, but for the peaks of memory, which are one run each, for the whole CT,
+where the runs of a contender are of up to three calls and fp32's are the last two, and for nnU-Net, and int8 on the
+eighth: these were gathered over the commits that are named, on one kind of machine.
 """,
     "dicom-measured": f"""# DICOM, measured
 
