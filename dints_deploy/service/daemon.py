@@ -75,7 +75,7 @@ class Daemon:
         self._parts: list[Part] = []
         self._performers: dict[str, Performer] = {}
         self._watches: list[FolderWatch] = []
-        self._stopping, self._reload = threading.Event(), threading.Event()
+        self._stopping, self._reload = threading.Event(), False
         self._end_s: float | None = None
 
     def run(self) -> None:
@@ -136,12 +136,15 @@ class Daemon:
         """Watch over the parts until told to stop, or one fails."""
         watchdog = watchdog_seconds()
         told_s = 0.0
-        while not self._stopping.wait(POLL_SECONDS / 2):
+        while True:
+            time.sleep(POLL_SECONDS / 2)  # not `wait`: a signal's handler runs in this thread, inside its lock for ever
+            if self._stopping.is_set():
+                return
             if dead := [part.name for part in self._parts if not part.alive] + ["ports"] * (not self._receiver.alive):
                 LOGGER.error("a part ended; the daemon stops", extra={"action": "stop", "parts": ", ".join(dead)})
                 return
-            if self._reload.is_set():
-                self._reload.clear()
+            if self._reload:
+                self._reload = False
                 self._reload_config()
             if watchdog is not None and time.monotonic() - told_s > watchdog / 3:
                 told_s = time.monotonic()
@@ -283,7 +286,10 @@ class Daemon:
                 self._end_s = time.monotonic()
             self._stopping.set()
 
-        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: lambda *_: self._reload.set()}
+        def reload(number: int, frame: object) -> None:
+            self._reload = True
+
+        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: reload}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
