@@ -96,12 +96,14 @@ def side_by_side(spec: Entry, windows: int, threads: int) -> int:
     return 2 if windows >= LONG_RUN and threads % 2 == 0 and len(spec.members) == 1 and small else 1
 
 
-def may_rewrite(entry: LoadedEntry, windows: int) -> bool:
-    """Say whether a run in fp32 may take fewer multiplications (docs/decisions/0024-fewer-multiplications.md).
+def may_rewrite(entry: LoadedEntry, windows: int, engine: str, precision: str) -> bool:
+    """Say whether a run may take fewer multiplications (docs/decisions/0024-fewer-multiplications.md).
 
-    Only where the entry has windows to prove the outcome on, and one network: each member would cost the start and the
-    memory again.
+    OpenVINO in fp32, where the entry has windows to prove the outcome on, and one network: each member would cost the
+    start and the memory again. `engine` is a name, not `auto`.
     """
+    if (engine, precision) != ("openvino", "fp32"):
+        return False
     return windows >= LEAST_WINDOWS and len(entry.spec.members) == 1 and INPUTS_FILE in entry.digests
 
 
@@ -113,9 +115,10 @@ def not_proven(entry: LoadedEntry, session: Session) -> str:
     Raises:
         EntryError: the window cannot be read. EngineError: the engine fails.
     """
-    from dints_deploy.runtime.parity import first_window, misses_on
+    from dints_deploy.runtime.parity import misses_on, stored_windows
 
-    return "; ".join(misses_on(session, entry.spec, *first_window(entry)))
+    window, (logits,) = stored_windows(entry, 1)
+    return "; ".join(misses_on(session, entry.spec, window, logits))
 
 
 def _able(precision: str, device: str) -> list[str]:

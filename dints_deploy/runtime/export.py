@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from dints_deploy.catalog.catalog import LoadedEntry, runnable
 from dints_deploy.catalog.dataset import Case
 from dints_deploy.catalog.entry import Entry
@@ -34,7 +32,7 @@ from dints_deploy.runtime.engine import (
 )
 from dints_deploy.runtime.evaluate import evaluate
 from dints_deploy.runtime.machine import describe_device
-from dints_deploy.runtime.parity import compare, exceeded, hostile_windows, limits_of, run_windows
+from dints_deploy.runtime.parity import compare, exceeded, hostile_windows, limits_of, run_windows, stored_windows
 from dints_deploy.runtime.report import software_version
 
 TIMED_ROUNDS: Final = 5
@@ -89,15 +87,7 @@ def proofs_of(entry: LoadedEntry) -> list[Proof]:
         raise EntryError(
             "entry-missing-file", f"expected {INPUTS_FILE} in {spec.name} to measure parity on, found none: publish it"
         )
-    try:
-        with np.load(entry.folder / INPUTS_FILE, allow_pickle=False) as stored:
-            windows = stored["windows"].astype(np.float32)
-            logits = [stored[f"logits{n}"].astype(np.float32) for n in range(len(spec.members))]
-    except (OSError, ValueError, KeyError) as fault:
-        raise EntryError("entry-invalid", f"expected windows and logits in {INPUTS_FILE}, found: {fault}") from fault
-    shape, wanted = windows.shape[1:], (len(spec.channels), *spec.window)
-    if shape != wanted or any(values.shape != (len(windows), spec.outputs, *spec.window) for values in logits):
-        raise EntryError("entry-invalid", f"expected windows {wanted} in {INPUTS_FILE}, found {shape}")
+    windows, logits = stored_windows(entry)
     return [
         Proof(member.onnx, entry.member_bytes(member), windows, values)
         for member, values in zip(spec.members, logits, strict=True)

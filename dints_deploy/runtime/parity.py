@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -120,36 +120,35 @@ def compare(
     )
 
 
-def first_window(entry: LoadedEntry) -> tuple[Batch, Batch]:
-    """Return the first real window (1, C, I, J, K) of an entry of one network, and the reference's logits on it.
+def stored_windows(entry: LoadedEntry, count: int | None = None) -> tuple[Batch, list[Batch]]:
+    """Return an entry's real windows (N, C, I, J, K), the first `count` or all, and the reference's logits per member.
 
     Raises:
-        EntryError: `entry-invalid` when they cannot be read, or are not this network's.
+        EntryError: `entry-invalid` when they cannot be read, there are none, or they are not those of its networks.
     """
+    spec = entry.spec
+    names = ["windows", *(f"logits{n}" for n in range(len(spec.members)))]
     try:
         with (entry.folder / INPUTS_FILE).open("rb") as file:
             stored = np.load(file, allow_pickle=False)
-            window, logits = (stored[name][:1].astype(np.float32) for name in ("windows", "logits0"))
+            windows, *logits = [stored[name][:count].astype(np.float32) for name in names]
     except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as fault:
         raise EntryError("entry-invalid", f"expected windows and logits in {INPUTS_FILE}, found: {fault}") from fault
-    spec = entry.spec
-    wanted = (1, len(spec.channels), *spec.window), (1, spec.outputs, *spec.window)
-    if (window.shape, logits.shape) != wanted:
-        raise EntryError("entry-invalid", f"expected windows {wanted[0]} in {INPUTS_FILE}, found {window.shape}")
-    return window, logits
+    shape, wanted = windows.shape[1:], (len(spec.channels), *spec.window)
+    expected = (len(windows), spec.outputs, *spec.window)
+    if not len(windows) or shape != wanted or any(values.shape != expected for values in logits):
+        raise EntryError("entry-invalid", f"expected windows {wanted} in {INPUTS_FILE}, found {windows.shape}")
+    return windows, logits
 
 
 def misses_on(session: Session, spec: Entry, windows: Batch, reference: Batch) -> list[str]:
     """Return what a session misses of the entry's fp32 limits on real windows, one phrase each; NaN misses all."""
-    logits, limits = run_windows(session, windows), spec.parity
-    error = float(np.abs(logits.astype(np.float64) - reference).max())
-    agreement = float((_labels(logits, spec) == _labels(reference, spec)).mean())
-    most, least = limits.max_abs_logit, limits.min_label_agreement
-    kept = {
-        f"max_abs_logit of {most:g}, found {error:.3g}": error <= most,
-        f"min_label_agreement of {least:g}, found {agreement:.6g}": agreement >= least,
+    logits = run_windows(session, windows)
+    measured = {
+        "max_abs_logit": float(np.abs(logits.astype(np.float64) - reference).max()),
+        "min_label_agreement": float((_labels(logits, spec) == _labels(reference, spec)).mean()),
     }
-    return [phrase for phrase, fine in kept.items() if not fine]
+    return _missed(measured, limits_of("fp32", spec))
 
 
 def _labels(logits: Batch, spec: Entry) -> NDArray[Any]:
@@ -173,6 +172,10 @@ def exceeded(comparison: Comparison, spec: Entry) -> list[str]:
         "min_dice": worst,
         "min_hostile_label_agreement": comparison.hostile_label_agreement,
     }
+    return _missed(measured, limits)
+
+
+def _missed(measured: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
     return [
         f"{name} of {limits[name]:g}, found {value:.6g}"
         for name, value in measured.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Self
 
 import numpy as np
@@ -89,7 +90,7 @@ class WarmSessions:
         name = choose_name(engine, runs, device)[0] if precision == "fp32" else engine
         if device == "cpu" and name in ("auto", "openvino"):
             at_once = side_by_side(entry.spec, runs, threads or available_threads())
-            rewritten = precision == "fp32" and may_rewrite(entry, runs)
+            rewritten = may_rewrite(entry, runs, name, precision)
         proof = (entry.digests[INPUTS_FILE], entry.spec.parity.model_dump_json()) if rewritten else ()
         plain = (weights, entry.spec.window, engine, name, precision, device, threads, at_once)
         key = (*plain, *proof)
@@ -148,20 +149,16 @@ def open_sessions(
     spec = runnable(entry).spec
     runs = runs_of(spec, windows)
 
+    choose = partial(
+        choose_networks, entry, windows=runs, engine=engine, precision=precision, device=device, threads=threads
+    )
+
     def opened(*, fewer_products: bool, note: str = "") -> list[Session]:
-        chosen, networks, why = choose_networks(
-            entry,
-            windows=runs,
-            engine=engine,
-            precision=precision,
-            device=device,
-            threads=threads,
-            fewer_products=fewer_products,
-        )
+        chosen, networks, why = choose(fewer_products=fewer_products)
         told = why + note
         return [chosen.open(data, window=spec.window, batch=batch, precision=precision, why=told) for data in networks]
 
-    if precision != "fp32" or not may_rewrite(entry, runs):
+    if not may_rewrite(entry, runs, choose_name(engine, runs, device)[0], precision):
         return opened(fewer_products=False)
     sessions, fault = _proven(entry, opened)
     return sessions or opened(fewer_products=False, note=f"; as it is written: {fault}" if fault else "")

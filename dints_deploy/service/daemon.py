@@ -284,7 +284,8 @@ class Daemon:
         def stop(number: int, frame: object) -> None:
             if self._stopping.is_set():
                 self._end_s = time.monotonic()
-            self._stopping.set()
+            else:
+                self._stopping.set()
 
         def reload(number: int, frame: object) -> None:
             self._reload = True
