@@ -101,6 +101,9 @@ class DurableIntake:
                 reach("intake-placed")
                 answer = self._committed(_Ticket(received))
             reach("intake-committed")
+            if self._objects.unwanted(received.sha256):  # its study was removed since the row was written
+                with contextlib.suppress(DintsError):
+                    self.remove_objects([received.sha256])
             return answer
         except DintsError:
             with self._lock:

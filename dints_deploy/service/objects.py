@@ -48,6 +48,7 @@ class Objects:
         self._data_dir = data_dir
         self._names = threading.Lock()
         self._coming: Counter[str] = Counter()
+        self._unwanted: set[str] = set()
 
     @contextmanager
     def kept(self, digest: str) -> Iterator[None]:
@@ -80,12 +81,22 @@ class Objects:
         except OSError as error:
             raise output_error(target, error) from error
 
+    def unwanted(self, digest: str) -> bool:
+        """Say once whether an object was to be removed while it was kept; whoever brought it removes it then."""
+        with self._names:
+            found = digest in self._unwanted
+            self._unwanted.discard(digest)
+        return found
+
     def remove(self, digests: Sequence[str], needed: Callable[[str], bool]) -> None:
-        """Remove the objects that are not needed; one that is on its way stays, whoever brings it removes it then."""
+        """Remove the objects that are not needed; one that is on its way stays until `unwanted` is asked."""
         for digest in digests:
             target = object_path(self._data_dir, digest)
             with self._names:
-                if digest in self._coming or not target.exists() or needed(digest):
+                if digest in self._coming:
+                    self._unwanted.add(digest)
+                    continue
+                if not target.exists() or needed(digest):
                     continue
                 self.held_bytes -= target.stat().st_size
                 target.unlink()

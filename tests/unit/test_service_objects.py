@@ -40,12 +40,15 @@ def test_what_is_on_its_way_is_not_removed_and_what_is_counted_is_what_is_there(
     received = bench.received(1, data=b"seven b")
     with objects.kept(received.sha256):
         objects.place(received.path, received.sha256)
+        assert not objects.unwanted(received.sha256)
         objects.remove([received.sha256], lambda digest: False)
         assert object_path(tmp_path, received.sha256).read_bytes() == b"seven b"
         assert objects.held_bytes == 7
         again = bench.received(1, data=b"seven b")
         objects.place(again.path, again.sha256)
         assert objects.held_bytes == 7
+    assert objects.unwanted(received.sha256)
+    assert not objects.unwanted(received.sha256)
     objects.remove([received.sha256], lambda digest: True)
     assert object_path(tmp_path, received.sha256).exists()
     objects.remove([received.sha256], lambda digest: False)
