@@ -37,6 +37,10 @@ from dints_deploy.runtime.report import software_version
 
 TIMED_ROUNDS: Final = 5
 
+INT8_ENDS: Final = ((2, 1), (3, 3))
+"""Convolutions that int8 leaves in floating point, (from the input, from the output), the quickest form first: the
+first that keeps the limits is taken. What each costs: docs/decisions/0025-int8-closer-to-the-ends.md."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
@@ -118,13 +122,33 @@ def export(
             the engine says.
     """
     check_precision(target.engine, target.precision)
+    forms = INT8_ENDS if target.precision == "int8" else INT8_ENDS[:1]
+    for ends in forms[:-1]:
+        try:
+            return _export(spec, proofs, target, ends, cases, threads, progress)
+        except EngineError as error:
+            if error.code != "parity-failed":
+                raise
+    return _export(spec, proofs, target, forms[-1], cases, threads, progress)
+
+
+def _export(
+    spec: Entry,
+    proofs: Sequence[Proof],
+    target: Target,
+    ends: tuple[int, int],
+    cases: Sequence[Case],
+    threads: int | None,
+    progress: Progress,
+) -> list[Made]:
+    """Make and measure one form of every network."""
     engine, _ = choose_engine(target.engine, windows=1, device=target.device, threads=threads)
     another = "openvino" if target.engine == "openvino" and target.precision != "fp32" else "onnx"  # not with itself
     plain = build_engine(another, "cpu", threads or available_threads())
     artefacts, sessions, references, drafts = [], [], [], []
     for n, proof in enumerate(proofs):
         progress("make", n, len(proofs))
-        artefact = make_form(proof, spec.window, target, progress)
+        artefact = make_form(proof, spec.window, target, progress, ends)
         session = engine.open(
             artefact or proof.onnx, window=spec.window, batch=1, precision=target.precision, why="export"
         )
@@ -143,7 +167,9 @@ def export(
     return made
 
 
-def make_form(proof: Proof, window: Sequence[int], target: Target, progress: Progress) -> bytes | None:
+def make_form(
+    proof: Proof, window: Sequence[int], target: Target, progress: Progress, ends: tuple[int, int] = INT8_ENDS[0]
+) -> bytes | None:
     """Return what the engine is to run: a typed or quantised ONNX, or a plan; None for the fp32 ONNX as it is.
 
     Raises:
@@ -158,7 +184,7 @@ def make_form(proof: Proof, window: Sequence[int], target: Target, progress: Pro
         elif target.precision == "int8":
             from dints_deploy.runtime.quantise import to_int8
 
-            typed = to_int8(proof.onnx, proof.calibration, plain_norms=target.engine == "openvino")
+            typed = to_int8(proof.onnx, proof.calibration, ends=ends, for_openvino=target.engine == "openvino")
     except ImportError as error:
         raise UsageError(
             "extra-missing", f"`export --precision {target.precision}` needs the package {error.name}: "

@@ -370,14 +370,14 @@ def test_exporting_again_replaces_and_keeps_no_old_network(place: Path, exported
 def test_two_engines_share_one_network_and_lose_it_only_together(
     entry: LoadedEntry, exported: Path, made: Made
 ) -> None:
-    target = Target(engine="onnx", precision="int8", device="cpu")
-    [again] = export(entry.spec, proofs_of(entry), target, threads=1)
-    install(again.certificate, again.artefact)
-    shared = network_of(exported)  # one file: quantisation is deterministic
+    theirs = made.certificate.comparison.model_copy(update={"engine": "onnx", "version": engine_version("onnx")})
+    again = made.certificate.model_copy(update={"comparison": theirs})
+    install(again, made.artefact)
+    shared = network_of(exported)
     install(made.certificate, random_network(4).onnx())
     assert shared.exists()
     choose_networks(entry, windows=1, engine="onnx", precision="int8")
-    install(again.certificate, random_network(4).onnx())
+    install(again, random_network(4).onnx())
     assert not shared.exists()
 
 
@@ -445,6 +445,21 @@ def test_int8_is_proven_on_more_windows_than_it_was_calibrated_on(there: int, us
     windows = np.arange(there, dtype=np.float32).reshape(there, 1, 1, 1, 1)
     proof = Proof("model.onnx", b"", windows, windows)
     assert np.array_equal(proof.calibration, windows[:used])
+
+
+def test_int8_takes_the_more_careful_form_where_the_quicker_misses_a_limit(entry: LoadedEntry, made: Made) -> None:
+    assert made.artefact is not None
+    better = made.certificate.comparison.label_agreement + 1e-6
+    reduced = entry.spec.parity.reduced.model_copy(update={"min_label_agreement": better})
+    spec = entry.spec.model_copy(update={"parity": entry.spec.parity.model_copy(update={"reduced": reduced})})
+    [careful] = export(spec, proofs_of(entry), OPENVINO, threads=1)
+    assert careful.artefact is not None
+    assert careful.certificate.comparison.label_agreement >= better
+    quantised = [
+        sum(node.op_type == "QuantizeLinear" for node in onnx.load_from_string(form).graph.node)
+        for form in (made.artefact, careful.artefact)
+    ]
+    assert quantised == [2 * (8 - 2 - 1), 2 * (8 - 3 - 3)]  # what a convolution reads, and its weights
 
 
 def test_int8_of_a_network_without_inner_convolutions_is_not_fp32_under_another_name(place: Path) -> None:

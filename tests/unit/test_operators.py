@@ -30,7 +30,7 @@ def test_every_shipped_network_is_one_that_tensorrt_takes_in_each_precision(path
     network = path.read_bytes()
     with np.load(path.parent / "parity_inputs.npz") as stored:
         windows = stored["windows"][:1]
-    for typed in (network, to_fp16(network), to_int8(network, windows)):
+    for typed in (network, to_fp16(network), to_int8(network, windows, ends=(2, 1))):
         assert complaints(typed) == []
 
 
@@ -77,10 +77,12 @@ def test_the_opset_of_exports_is_within_tensorrts() -> None:
 def test_only_convolutions_near_the_ends_stay_in_fp32() -> None:
     graph = onnx.load(SHIPPED[0]).graph
     weights = {node.name: node.input[1] for node in graph.node if node.op_type == "Conv"}
-    kept = {weights[name] for name in end_convolutions(graph, 1)}
+    kept = {weights[name] for name in end_convolutions(graph, (1, 1))}
     assert {name for name in kept if name.startswith("stems_in")} == {
         name for name in weights.values() if name.startswith("stems_in") and "conv_first" in name
     }
     assert "head.classify.weight" in kept
-    assert len(end_convolutions(graph, 3)) < len(weights) / 3
-    assert set(end_convolutions(graph, 1)) < set(end_convolutions(graph, 2)) < set(end_convolutions(graph, 3))
+    few, some, many = (set(end_convolutions(graph, ends)) for ends in ((1, 1), (2, 1), (3, 3)))
+    assert few < some < many
+    assert len(many) < len(weights) / 3
+    assert set(end_convolutions(graph, (2, 0))) | set(end_convolutions(graph, (0, 1))) == some
