@@ -32,6 +32,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.machine import ROOT, origin, read, write
 from benchmarks.made import make_ct, make_eighth, make_entry
+from dints_deploy.runtime.window import window_starts
 
 OVERLAP, CLASSES = 0.25, 3
 OURS, MONAI, NNUNET = "dints-deploy (openvino)", "torch eager + MONAI", "torch eager + nnU-Net"
@@ -110,14 +111,15 @@ def contenders(entry: Path, scan: Path, work: Path, options: Any) -> dict[str, l
         words = [loop, str(scan), str(state), str(out), *size, "--overlap", str(OVERLAP)]
         return [python, "-m", "benchmarks.torch_path", *words]
 
-    run = {"whole": "252", "eighth": "36"}[options.part]  # windows: a short run takes the network as it is written
+    windows = len(window_starts(nibabel.load(scan).shape, [options.window] * 3, OVERLAP))
+    alone = [sys.executable, "-m", "benchmarks.alone", str(entry), "--product"]
     reduced = {f"dints-deploy ({p})": ours(f"dints-deploy ({p})", "openvino", p) for p in REDUCED if certified(work, p)}
     return {  # MONAI first: the others' labels are compared with its
         MONAI: torch_path(sys.executable, "monai", MONAI),
         OURS: ours(OURS, "openvino"),
         "dints-deploy (onnx)": ours("dints-deploy (onnx)", "onnx"),
         **reduced,
-        "engine alone (openvino)": [sys.executable, "-m", "benchmarks.alone", str(entry), "--product", "--of", run],
+        "engine alone (openvino)": [*alone, "--of", str(windows)],  # a short run takes the network as it is written
         NNUNET: torch_path(str(options.nnunet_python), "nnunet", NNUNET),
     }
 

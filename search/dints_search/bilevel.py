@@ -192,8 +192,11 @@ def unrolled_gradient(
     _restore(weights, kept)
     average(slopes)
     slopes = through(slopes)
-    epsilon = perturbation / torch.linalg.vector_norm(torch.stack([s.norm() for s in slopes])).item()
-    sides = []
+    size = torch.linalg.vector_norm(torch.stack([s.norm() for s in slopes])).item()
+    if size == 0:  # on every rank: the loss does not change with the weights
+        average(partial)
+        return partial
+    epsilon, sides = perturbation / size, []
     for sign in (1, -1):
         _move(weights, slopes, sign * epsilon)
         sides.append(torch.autograd.grad(training(), list(architecture), materialize_grads=True))

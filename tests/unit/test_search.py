@@ -105,6 +105,18 @@ def test_the_unrolled_gradient_is_that_of_the_loss_after_a_step_of_the_weights(c
         assert not torch.allclose(gradient, simple, rtol=0.01)
 
 
+def test_the_unrolled_gradient_is_the_partial_one_where_the_weights_do_not_matter() -> None:
+    toy = Toy()
+    directions = [torch.ones_like(weight) for weight in toy.weights]
+
+    def validation() -> Tensor:
+        return torch.stack([alpha.square().sum() for alpha in toy.alphas]).sum()
+
+    found = unrolled_gradient(toy.training, validation, toy.alphas, toy.weights, directions, rate=0.1)
+    for alpha, gradient in zip(toy.alphas, found, strict=True):
+        torch.testing.assert_close(gradient, 2 * alpha.detach())
+
+
 @pytest.mark.parametrize("clip_norm", [1e9, 0.01])
 def test_an_sgd_step_is_foreseen(clip_norm: float) -> None:
     toy = Toy()
