@@ -134,9 +134,10 @@ def transform_weights(weight: NDArray[np.float32], form: Form) -> NDArray[np.flo
 
     The products' order is that of `form.axes`, the first changing fastest.
     """
-    g = matrices(form.tile)[1].astype(np.float32)
-    parts: NDArray[Any] = weight[np.newaxis]
-    for axis in form.axes:
-        taken = np.tensordot(g, parts, axes=(1, axis + 1))  # (m + 2, products, C', C, ...) without the axis
-        parts = np.expand_dims(taken.reshape(-1, *taken.shape[2:]), axis + 1)
-    return np.ascontiguousarray(parts)
+    axes = form.axes[::-1]
+    along: NDArray[Any] = np.ones((1, 1))
+    for _ in axes:
+        along = np.kron(along, matrices(form.tile)[1])
+    taps = np.moveaxis(weight, axes, range(len(axes))).reshape(TAPS ** len(axes), -1)
+    left = (1 if axis in axes else size for axis, size in enumerate(weight.shape))
+    return (along.astype(np.float32) @ taps).reshape(-1, *left)
