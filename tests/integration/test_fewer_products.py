@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from dints_deploy.catalog.catalog import LoadedEntry, load_entry
+from dints_deploy.imaging.volume import Volume
 from dints_deploy.runtime.certified import INPUTS_FILE, LEAST_WINDOWS, may_rewrite
 from dints_deploy.runtime.openvino_engine import OpenVinoEngine
+from dints_deploy.runtime.preprocess import prepare
+from dints_deploy.runtime.segment import run, segment
 from dints_deploy.runtime.sessions import WarmSessions, open_sessions
 from tests.tiny_entry import TinyNetwork, entry_fields, write_entry
 
@@ -25,7 +28,9 @@ def network() -> bytes:
     rng = np.random.default_rng(0)
     shapes = [(64, 1, 1, 1, 1), (64, 64, 3, 3, 3), (64, 64, 3, 3, 3), (2, 64, 1, 1, 1)]
     weights = [(rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32) for shape in shapes]
-    return TinyNetwork(tuple((weight, np.zeros(len(weight), np.float32)) for weight in weights)).onnx()
+    biases = [np.zeros(len(weight), np.float32) for weight in weights]
+    biases[-1][0] = 0.1  # no voxel of an empty window hangs between two labels
+    return TinyNetwork(tuple(zip(weights, biases, strict=True))).onnx()
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,21 @@ def test_a_long_run_is_rewritten_and_a_shorter_one_is_not(tmp_path: Path, networ
         assert plain.info.products_saved == 0
         found = rewritten.result(rewritten.submit(SCAN))
     assert 0 < np.abs(found - logits).max() < 1e-4  # another rounding, and no more
+
+
+def test_a_whole_scan_has_the_labels_of_the_network_as_it_is(tmp_path: Path, network: bytes, logits: Any) -> None:
+    entry = entry_with(tmp_path, network, windows_file(windows=SCAN, logits0=logits))
+    side = WINDOW[0] + 3 * (WINDOW[0] - round(WINDOW[0] * entry.spec.overlap))
+    data = np.zeros((1, side, side, side), np.float32)
+    data[:, : WINDOW[0], : WINDOW[1], : WINDOW[2]] = SCAN[0]  # most windows are empty and run once
+    scan = Volume(data, np.eye(4))
+    result = segment(scan, entry, engine="openvino")
+    assert result.plan.windows == LEAST_WINDOWS
+    assert result.windows_run < 10
+    assert result.session.products_saved > 0
+    plain = run(prepare(scan, entry.spec.preparation), entry.spec, open_sessions(entry, windows=1, engine="openvino"))
+    assert 0.1 < (plain.labels.data[0][: WINDOW[0], : WINDOW[1], : WINDOW[2]] == 1).mean() < 0.9
+    assert (result.labels.data == plain.labels.data).mean() >= 0.9999
 
 
 @pytest.mark.parametrize("error", [0.0009, 0.0011])
