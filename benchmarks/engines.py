@@ -27,7 +27,8 @@ from dints_deploy.errors import DintsError
 from dints_deploy.runtime.certificate import Target
 from dints_deploy.runtime.engine import COMPUTES, available_threads, build_engine, installed
 from dints_deploy.runtime.export import Proof, make_form, proofs_of
-from dints_deploy.runtime.machine import describe_device
+from dints_deploy.runtime.int8_forms import int8_forms
+from dints_deploy.runtime.machine import cpu_features, describe_device
 from dints_deploy.runtime.parity import run_windows
 
 Window = tuple[int, int, int]
@@ -74,10 +75,11 @@ def contenders(proof: Proof, window: Window, device: str, threads: int) -> dict[
     for name in filter(installed, names):
         for precision in COMPUTES[name]:
             target = Target(engine=name, precision=precision, device=device)
+            form = int8_forms(name, cpu_features())[0] if precision == "int8" else None
             try:
-                form = make_form(proof, window, target, lambda stage, done, total: None)
+                made = make_form(proof, window, target, lambda stage, done, total: None, form)
                 session = build_engine(name, device, threads).open(
-                    form or proof.onnx, window=window, batch=1, precision=precision, why="a benchmark"
+                    made or proof.onnx, window=window, batch=1, precision=precision, why="a benchmark"
                 )
                 found[f"{name} {precision}"] = session, run_windows(session, proof.windows)
             except DintsError as error:
@@ -142,6 +144,7 @@ def measure(proof: Proof, window: Window, given: argparse.Namespace) -> None:
         "convolutions of a window": f"{gmac:.1f} GMAC",
         "peak of a float32 matrix product": f"{peak:.0f} GMAC/s for {given.matrix} rows and columns in numpy",
         "floor": f"{floor:.3f} s a window, in fp32; reduced precision may go below it",
+        "int8": "the quick form (docs/decisions/0025); export decides whether it is taken",
         "device": describe_device(given.device),
     }
     for key, value in facts.items():

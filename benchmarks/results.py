@@ -118,7 +118,7 @@ def verdict(groups: Groups) -> str:
         return "Nothing can be said yet: it takes searched and random networks.\n"
     verdicts = {name: compare(found, drawn).verdict for name, found in searched.items()}
     work = fmean(record.cost["gmac"] for record in drawn)
-    shares = {name: found[0].cost["gmac"] / work for name, found in searched.items()}
+    shares = {name: fmean(record.cost["gmac"] for record in found) / work for name, found in searched.items()}
     alike = {name: said for name, said in verdicts.items() if abs(shares[name] - 1) <= 2 * TOLERANCE}
     better = [name for name, said in alike.items() if said == "better"]
     equals = [name for name in groups if groups[name][0].kind == "random" and _matches(groups, name, better)]
@@ -128,7 +128,7 @@ def verdict(groups: Groups) -> str:
         for name, said in verdicts.items()
         if name not in alike
     ]
-    means = [fmean(case_scores(record).values()) for record in drawn]
+    means = [fmean(pooled(found).values()) for found in groups.values() if found[0].kind == "random"]
     parts.append(f"The random networks differ among themselves by {max(means) - min(means):.4f}.")
     parts.append("The intervals resample cases only: with few networks of each kind they understate what is not known.")
     return " ".join(parts) + "\n"
@@ -141,7 +141,7 @@ def _verdict_of_equals(verdicts: dict[str, str], equals: Sequence[str]) -> str:
         return f"**No difference**: {_named(verdicts)} no different from the random ones beyond what chance explains."
     if said["better"] and equals:  # with few draws one as good is no proof of the search
         better = f"{_named(said['better'])} better than the random ones together"
-        return f"**No clear difference**: {better}, but {_named(equals)} no worse."
+        return f"**No clear difference**: {better}, but {_named(equals)} as good or better."
     if len(said["better"]) == len(verdicts):
         return f"**Search beats chance** here: {_named(verdicts)} better than the random ones together."
     if len(said["worse"]) == len(verdicts):

@@ -13,7 +13,7 @@ import typer
 from dints_deploy.catalog.catalog import LoadedEntry, runnable, verify_entry
 from dints_deploy.catalog.dataset import Case, Dataset, read_dataset
 from dints_deploy.catalog.entry import Entry
-from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json
+from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json, say_note
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
 from dints_deploy.files import make_folder, replacing, write_bytes
@@ -88,7 +88,7 @@ def _export_entry(
     with _steps(f"{entry.spec.name}, {target}") as report:
         proofs = proofs_of(entry)
         cases = _unseen(entry.spec, read_dataset(data)) if data else ()
-        made = export(entry.spec, proofs, target, cases=cases, threads=threads, progress=report)
+        made = export(entry.spec, proofs, target, cases=cases, threads=threads, progress=report, note=say_note)
     copies = _copies(made, out, entry.spec.name) if out else []
     return {"files": copies, "certificates": install_all(made), "measured": [item.certificate for item in made]}
 
@@ -117,7 +117,7 @@ def _export_run(
         spec, proof = run_proof(run, dataset)
         folded = spec.training is not None and spec.training.fold is not None  # a run on everything saw all cases
         unseen = _unseen(spec, dataset) if folded else ()
-        made = export(spec, [proof], target, cases=unseen, threads=threads, progress=report)
+        made = export(spec, [proof], target, cases=unseen, threads=threads, progress=report, note=say_note)
     copies = _copies(made, out, run.name)
     return {"files": copies, "certificates": install_all(made), "measured": [item.certificate for item in made]}
 

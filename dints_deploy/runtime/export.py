@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -31,15 +32,12 @@ from dints_deploy.runtime.engine import (
     choose_engine,
 )
 from dints_deploy.runtime.evaluate import evaluate
-from dints_deploy.runtime.machine import describe_device
+from dints_deploy.runtime.int8_forms import Int8Form, int8_forms
+from dints_deploy.runtime.machine import cpu_features, describe_device
 from dints_deploy.runtime.parity import compare, exceeded, hostile_windows, limits_of, run_windows, stored_windows
 from dints_deploy.runtime.report import software_version
 
 TIMED_ROUNDS: Final = 5
-
-INT8_ENDS: Final = ((2, 1), (3, 3))
-"""Convolutions that int8 leaves in floating point, (from the input, from the output), the quickest form first: the
-first that keeps the limits is taken. What each costs: docs/decisions/0025-int8-closer-to-the-ends.md."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
@@ -106,6 +104,7 @@ def export(
     cases: Sequence[Case] = (),
     threads: int | None = None,
     progress: Progress = lambda stage, done, total: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Made]:
     """Make a form of every network of an entry and measure it; nothing is written.
 
@@ -116,39 +115,57 @@ def export(
         cases: labelled cases that the entry was not trained on, for the change of Dice.
         threads: CPU threads, None for all.
         progress: called now and then.
+        note: called with what a person should know of the way to the result.
 
     Raises:
         UsageError: the engine has no such precision or device. EngineError: `parity-failed` with the figures, or what
             the engine says.
     """
     check_precision(target.engine, target.precision)
-    forms = INT8_ENDS if target.precision == "int8" else INT8_ENDS[:1]
-    for ends in forms[:-1]:
-        try:
-            return _export(spec, proofs, target, ends, cases, threads, progress)
-        except EngineError as error:
-            if error.code != "parity-failed":
-                raise
-    return _export(spec, proofs, target, forms[-1], cases, threads, progress)
+    attempt = partial(_export, spec, proofs, target, cases=cases, threads=threads, progress=progress)
+    if target.precision != "int8":
+        return attempt(form=None)
+    return _within_limits(attempt, int8_forms(target.engine, cpu_features()), note)
+
+
+def _within_limits(
+    attempt: Callable[..., list[Made]], forms: Sequence[Int8Form], note: Callable[[str], None]
+) -> list[Made]:
+    """Return the first form that keeps the limits; raise `parity-failed` of the last that could be made."""
+    form, *others = forms
+    try:
+        return attempt(form=form)
+    except EngineError as error:
+        if error.code != "parity-failed" or not others:
+            raise
+        missed = EngineError(error.code, error.message)  # without the frames, which hold the networks
+    note(f"{missed.message}; trying again with more convolutions in floating point")
+    try:
+        return _within_limits(attempt, others, note)
+    except EngineError as error:
+        if error.code == "parity-failed":
+            raise
+        raise missed from error
 
 
 def _export(
     spec: Entry,
     proofs: Sequence[Proof],
     target: Target,
-    ends: tuple[int, int],
+    *,
+    form: Int8Form | None,
     cases: Sequence[Case],
     threads: int | None,
     progress: Progress,
 ) -> list[Made]:
-    """Make and measure one form of every network."""
+    """Make and measure one form of every network; arguments and errors are those of `export`."""
     engine, _ = choose_engine(target.engine, windows=1, device=target.device, threads=threads)
     another = "openvino" if target.engine == "openvino" and target.precision != "fp32" else "onnx"  # not with itself
     plain = build_engine(another, "cpu", threads or available_threads())
     artefacts, sessions, references, drafts = [], [], [], []
     for n, proof in enumerate(proofs):
         progress("make", n, len(proofs))
-        artefact = make_form(proof, spec.window, target, progress, ends)
+        artefact = make_form(proof, spec.window, target, progress, form)
         session = engine.open(
             artefact or proof.onnx, window=spec.window, batch=1, precision=target.precision, why="export"
         )
@@ -168,9 +185,11 @@ def _export(
 
 
 def make_form(
-    proof: Proof, window: Sequence[int], target: Target, progress: Progress, ends: tuple[int, int] = INT8_ENDS[0]
+    proof: Proof, window: Sequence[int], target: Target, progress: Progress, form: Int8Form | None
 ) -> bytes | None:
     """Return what the engine is to run: a typed or quantised ONNX, or a plan; None for the fp32 ONNX as it is.
+
+    `form` is for int8, and counts for nothing else.
 
     Raises:
         UsageError: `extra-missing`. EngineError: it cannot be made.
@@ -181,10 +200,10 @@ def make_form(
             from dints_deploy.runtime.half import to_fp16
 
             typed = to_fp16(proof.onnx)
-        elif target.precision == "int8":
+        elif form is not None:
             from dints_deploy.runtime.quantise import to_int8
 
-            typed = to_int8(proof.onnx, proof.calibration, ends=ends, for_openvino=target.engine == "openvino")
+            typed = to_int8(proof.onnx, proof.calibration, form)
     except ImportError as error:
         raise UsageError(
             "extra-missing", f"`export --precision {target.precision}` needs the package {error.name}: "

@@ -1,9 +1,8 @@
 """INT8 by ONNX Runtime's static quantisation, calibrated on an entry's own real windows.
 
 Convolutions compute on int8; normalisation, resampling and addition stay in floating point, and so do the convolutions
-at both ends of the network, which carry the scan's digits in and the decision out. Weights are symmetric per channel.
-Activations are signed and symmetric per tensor, as ONNX Runtime and TensorRT take them; for OpenVINO they are unsigned,
-which leaves a digit more to what comes out of a ReLU: docs/decisions/0025-int8-closer-to-the-ends.md.
+at both ends of the network, which carry the scan's digits in and the decision out. Weights are symmetric per channel,
+activations are quantised per tensor.
 Nothing leaves the machine: NNCF, the other tool of the trade, reports its use over the network.
 """
 
@@ -22,34 +21,35 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from dints_deploy.errors import EngineError
 from dints_deploy.runtime.engine import Batch
+from dints_deploy.runtime.int8_forms import Int8Form
 from dints_deploy.runtime.plain_norm import with_plain_norms
 
 CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 
 
-def to_int8(network: bytes, windows: Batch, *, ends: tuple[int, int], for_openvino: bool = False) -> bytes:
+def to_int8(network: bytes, windows: Batch, form: Int8Form) -> bytes:
     """Return an ONNX network with QuantizeLinear and DequantizeLinear around its convolutions.
 
     Args:
         network: an fp32 ONNX file with its weights inside.
         windows: real windows (N, C, I, J, K) to calibrate on.
-        ends: convolutions that stay in floating point, from the input and from the output.
-        for_openvino: take activations unsigned, and write norms that are partial sums as one operator.
+        form: how.
 
     Raises:
         EngineError: `engine-failed` when no convolution lies between the ends: it would be fp32 under another name.
     """
     model = onnx.load_from_string(network)
-    if for_openvino:
+    if form.plain_norms:
         with_plain_norms(model)
     for number, node in enumerate(model.graph.node):
         node.name = node.name or f"node{number}"  # by which nodes are excluded
-    full = end_convolutions(model.graph, ends)
+    full = end_convolutions(model.graph, form.ends)
     if all(node.name in full for node in _convolutions(model.graph)):
         raise EngineError(
             "engine-failed",
-            f"expected convolutions deeper than {ends[0]} from the input and {ends[1]} from the output, found none: "
-            "use fp32",
+            "expected convolutions deeper than {} from the input and {} from the output, found none: use fp32".format(
+                *form.ends
+            ),
         )
     add_pre_process_metadata(model)  # nothing to fold: the exporter has done it
     with tempfile.TemporaryDirectory(prefix="quantise-") as folder:
@@ -62,10 +62,14 @@ def to_int8(network: bytes, windows: Batch, *, ends: tuple[int, int], for_openvi
             op_types_to_quantize=sorted(CONVOLUTIONS),
             nodes_to_exclude=full,
             per_channel=True,
-            activation_type=QuantType.QUInt8 if for_openvino else QuantType.QInt8,
+            activation_type=QuantType.QUInt8 if form.unsigned else QuantType.QInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"ActivationSymmetric": not for_openvino, "WeightSymmetric": True},
+            extra_options={
+                "ActivationSymmetric": not form.unsigned,
+                "WeightSymmetric": True,
+                "OpTypesToExcludeOutputQuantization": [] if form.outputs else sorted(CONVOLUTIONS),
+            },
         )
         return result.read_bytes()
 

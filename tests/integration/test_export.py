@@ -327,7 +327,7 @@ def test_a_certificate_counts_only_for_its_own_weights(place: Path, entry: Loade
 def test_export_fails_above_the_limits_and_leaves_nothing(place: Path) -> None:
     for name, wrong in (("shifted", 9.0), ("not-a-number", np.nan)):
         add_entry(place, name, deep_network(0), wrong=wrong)
-        for flags in (["--openvino"], ["--onnx", "--precision", "fp16"]):
+        for flags in (["--openvino"], ["--onnx", "--precision", "fp16"], ["--openvino", "--precision", "int8"]):
             said = run_cli("export", name, *flags, "-o", place / "copies")
             assert said.code == 1
             assert said.err.rstrip().endswith("[parity-failed]"), said.err
@@ -459,7 +459,17 @@ def test_int8_takes_the_more_careful_form_where_the_quicker_misses_a_limit(entry
         sum(node.op_type == "QuantizeLinear" for node in onnx.load_from_string(form).graph.node)
         for form in (made.artefact, careful.artefact)
     ]
-    assert quantised == [2 * (8 - 2 - 1), 2 * (8 - 3 - 3)]  # what a convolution reads, and its weights
+    assert quantised == [8 - 1 - 1, 8 - 3 - 3]
+
+
+def test_int8_that_misses_a_limit_and_has_no_more_careful_form_tells_the_figures(place: Path) -> None:
+    layers = deep_network(0).layers
+    add_entry(place, "middling", TinyNetwork((*layers[:3], *layers[-2:])), wrong=9.0)
+    said = run_cli("export", "middling", "--openvino", "--precision", "int8")
+    assert said.err.rstrip().endswith("[parity-failed]"), said.err
+    assert "min_label_agreement of 0.8" in said.err
+    assert "trying again with more convolutions in floating point" in said.err
+    assert left(place) == []
 
 
 def test_int8_of_a_network_without_inner_convolutions_is_not_fp32_under_another_name(place: Path) -> None:

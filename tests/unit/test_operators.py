@@ -12,6 +12,7 @@ import pytest
 from onnx import helper
 
 from dints_deploy.runtime.half import to_fp16
+from dints_deploy.runtime.int8_forms import FORMS
 from dints_deploy.runtime.operators import OPSETS, complaints
 from dints_deploy.runtime.quantise import end_convolutions, to_int8
 from dints_search.export import OPSET, to_onnx
@@ -30,7 +31,7 @@ def test_every_shipped_network_is_one_that_tensorrt_takes_in_each_precision(path
     network = path.read_bytes()
     with np.load(path.parent / "parity_inputs.npz") as stored:
         windows = stored["windows"][:1]
-    for typed in (network, to_fp16(network), to_int8(network, windows, ends=(2, 1))):
+    for typed in (network, to_fp16(network), *(to_int8(network, windows, form) for form in FORMS["tensorrt"])):
         assert complaints(typed) == []
 
 

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+from dints_deploy.runtime.int8_forms import Int8Form
 from dints_deploy.runtime.plain_norm import with_plain_norms
 from dints_deploy.runtime.quantise import to_int8
 from dints_search.export import to_onnx
@@ -87,10 +88,10 @@ def test_other_weights_than_one_for_each_channel_make_no_norm(exported: bytes, s
     assert with_plain_norms(changed) == 0
 
 
-def test_an_int8_form_for_openvino_has_plain_norms(exported: bytes) -> None:
+def test_an_int8_form_has_plain_norms_where_they_are_asked_for(exported: bytes) -> None:
     windows = np.random.default_rng(1).normal(3, 2, (1, 1, *WINDOW)).astype(np.float32)
     plain, written_out = (
-        onnx.load_from_string(to_int8(exported, windows, ends=(3, 3), for_openvino=it)) for it in (True, False)
+        onnx.load_from_string(to_int8(exported, windows, Int8Form((3, 3), plain_norms=p))) for p in (True, False)
     )
     assert "Sqrt" not in operators(plain)
     assert "Sqrt" in operators(written_out)

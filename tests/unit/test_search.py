@@ -112,9 +112,14 @@ def test_the_unrolled_gradient_is_the_partial_one_where_the_weights_do_not_matte
     def validation() -> Tensor:
         return torch.stack([alpha.square().sum() for alpha in toy.alphas]).sum()
 
-    found = unrolled_gradient(toy.training, validation, toy.alphas, toy.weights, directions, rate=0.1)
+    def of_three_ranks(tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.mul_(3)
+
+    arguments: dict[str, Any] = {"rate": 0.1, "average": of_three_ranks}
+    found = unrolled_gradient(toy.training, validation, toy.alphas, toy.weights, directions, **arguments)
     for alpha, gradient in zip(toy.alphas, found, strict=True):
-        torch.testing.assert_close(gradient, 2 * alpha.detach())
+        torch.testing.assert_close(gradient, 3 * 2 * alpha.detach())
 
 
 @pytest.mark.parametrize("clip_norm", [1e9, 0.01])
