@@ -144,7 +144,7 @@ def measure(proof: Proof, window: Window, given: argparse.Namespace) -> None:
         "convolutions of a window": f"{gmac:.1f} GMAC",
         "peak of a float32 matrix product": f"{peak:.0f} GMAC/s for {given.matrix} rows and columns in numpy",
         "floor": f"{floor:.3f} s a window, in fp32; reduced precision may go below it",
-        "int8": "the quick form (docs/decisions/0025); export decides whether it is taken",
+        "int8": "the first form of each engine (docs/decisions/0025); export decides whether it is taken",
         "device": describe_device(given.device),
     }
     for key, value in facts.items():

@@ -26,8 +26,8 @@ PAGES: Final = {
 
 {MADE} The ratios count, not the
 seconds. Contenders took turns on one machine, but for the peaks of memory, which are one run each, for the whole CT,
-where the runs of a contender are of up to three calls and fp32's are the last two, and for nnU-Net, and int8 on the
-eighth: these were gathered over the commits that are named, on one kind of machine.
+where the runs of a contender are of up to four calls, fp32's of the last three and int8's of the last, and for nnU-Net:
+these were gathered over the commits that are named, on one kind of machine.
 """,
     "dicom-measured": f"""# DICOM, measured
 

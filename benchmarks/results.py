@@ -141,7 +141,7 @@ def _verdict_of_equals(verdicts: dict[str, str], equals: Sequence[str]) -> str:
         return f"**No difference**: {_named(verdicts)} no different from the random ones beyond what chance explains."
     if said["better"] and equals:  # with few draws one as good is no proof of the search
         better = f"{_named(said['better'])} better than the random ones together"
-        return f"**No clear difference**: {better}, but {_named(equals)} as good or better."
+        return f"**No clear difference**: {better}, but {_named(equals)} no worse."
     if len(said["better"]) == len(verdicts):
         return f"**Search beats chance** here: {_named(verdicts)} better than the random ones together."
     if len(said["worse"]) == len(verdicts):

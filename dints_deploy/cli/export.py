@@ -131,7 +131,7 @@ def _copies(made: list[Made], out: Path, name: str) -> list[Path]:
         if item.artefact is None or certificate.comparison.engine == "tensorrt":
             continue
         member = certificate.member.replace("/", "-").removesuffix(".onnx")
-        files.append(out / f"{name}-{member}-{certificate.comparison.precision}.onnx")
+        files.append(out / f"{name}-{member}-{certificate.comparison.engine}-{certificate.comparison.precision}.onnx")
         write_bytes(files[-1], item.artefact)
     return files
 

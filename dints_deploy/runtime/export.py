@@ -131,7 +131,7 @@ def export(
 def _within_limits(
     attempt: Callable[..., list[Made]], forms: Sequence[Int8Form], note: Callable[[str], None]
 ) -> list[Made]:
-    """Return the first form that keeps the limits; raise `parity-failed` of the last that could be made."""
+    """Return the first form that keeps the limits; raise `parity-failed` of the last that could be made and run."""
     form, *others = forms
     try:
         return attempt(form=form)
@@ -145,6 +145,7 @@ def _within_limits(
     except EngineError as error:
         if error.code == "parity-failed":
             raise
+        missed.add_note(f"with more of them: {error.message}")
         raise missed from error
 
 
@@ -189,7 +190,7 @@ def make_form(
 ) -> bytes | None:
     """Return what the engine is to run: a typed or quantised ONNX, or a plan; None for the fp32 ONNX as it is.
 
-    `form` is for int8, and counts for nothing else.
+    int8 takes a `form`, other precisions none.
 
     Raises:
         UsageError: `extra-missing`. EngineError: it cannot be made.
@@ -200,7 +201,9 @@ def make_form(
             from dints_deploy.runtime.half import to_fp16
 
             typed = to_fp16(proof.onnx)
-        elif form is not None:
+        elif target.precision == "int8":
+            if form is None:
+                raise ValueError("int8 takes a form")
             from dints_deploy.runtime.quantise import to_int8
 
             typed = to_int8(proof.onnx, proof.calibration, form)

@@ -17,12 +17,14 @@ class Int8Form:
     Attributes:
         ends: convolutions that stay in floating point, from the input and from the output.
         outputs: what a convolution returns becomes int8, too, and not only what it reads.
+        biases: they become INT32.
         unsigned: activations are unsigned, which leaves a digit more to what comes out of a ReLU; else symmetric.
         plain_norms: norms that are written as partial sums become one operator.
     """
 
     ends: tuple[int, int]
     outputs: bool = False
+    biases: bool = False
     unsigned: bool = False
     plain_norms: bool = False
 
@@ -32,9 +34,9 @@ QUICK, CAREFUL = (1, 1), (3, 3)
 FORMS: Final[Mapping[str, tuple[Int8Form, ...]]] = MappingProxyType(
     {
         "openvino": tuple(Int8Form(ends, unsigned=True, plain_norms=True) for ends in (QUICK, CAREFUL)),
-        "onnx": (Int8Form(CAREFUL, outputs=True),),  # it computes in int8 only between int8 and int8
-        "onnx-trt": (Int8Form(QUICK), Int8Form(CAREFUL)),
-        "tensorrt": (Int8Form(QUICK), Int8Form(CAREFUL)),
+        "onnx": (Int8Form(CAREFUL, outputs=True, biases=True),),  # it computes in int8 only between int8 and int8
+        "onnx-trt": (Int8Form(CAREFUL, outputs=True),),
+        "tensorrt": (Int8Form(CAREFUL, outputs=True),),
     }
 )
 """Engine -> forms, the quickest first: the first that keeps an entry's limits is taken."""

@@ -28,7 +28,7 @@ CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 
 
 def to_int8(network: bytes, windows: Batch, form: Int8Form) -> bytes:
-    """Return an ONNX network with QuantizeLinear and DequantizeLinear around its convolutions.
+    """Return an ONNX network with QuantizeLinear and DequantizeLinear at its convolutions.
 
     Args:
         network: an fp32 ONNX file with its weights inside.
@@ -68,6 +68,7 @@ def to_int8(network: bytes, windows: Batch, form: Int8Form) -> bytes:
             extra_options={
                 "ActivationSymmetric": not form.unsigned,
                 "WeightSymmetric": True,
+                "QuantizeBias": form.biases,
                 "OpTypesToExcludeOutputQuantization": [] if form.outputs else sorted(CONVOLUTIONS),
             },
         )

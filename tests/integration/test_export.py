@@ -132,7 +132,9 @@ def test_what_was_exported_is_what_segment_runs(place: Path, flag: str, precisio
     [measured] = document["measured"]
     assert measured["comparison"]["precision"] == precision
     assert measured["kept"]["min_dice"] == 0.5
-    assert [Path(file).name for file in document["files"]] == ([f"tiny-model-{precision}.onnx"] if operator else [])
+    assert [Path(file).name for file in document["files"]] == (
+        [f"tiny-model{flag[1:]}-{precision}.onnx"] if operator else []
+    )
     for file in document["files"]:
         assert operator in {node.op_type for node in onnx.load(file).graph.node}
     scan = scan_file(place, random_scan(3))
@@ -466,8 +468,9 @@ def test_int8_that_misses_a_limit_and_has_no_more_careful_form_tells_the_figures
     layers = deep_network(0).layers
     add_entry(place, "middling", TinyNetwork((*layers[:3], *layers[-2:])), wrong=9.0)
     said = run_cli("export", "middling", "--openvino", "--precision", "int8")
-    assert said.err.rstrip().endswith("[parity-failed]"), said.err
+    assert "[parity-failed]" in said.err
     assert "min_label_agreement of 0.8" in said.err
+    assert "found none" in said.err  # a form with three at each end
     assert "trying again with more convolutions in floating point" in said.err
     assert left(place) == []
 

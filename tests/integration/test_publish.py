@@ -211,7 +211,7 @@ def test_a_run_is_exported_in_half_precision_with_its_proof(
     said = run_cli("export", *words)
     assert said.code == 0, said.err
     document = json.loads(said.out)
-    assert document["files"] == [str(tmp_path / "run0-model-fp16.onnx")]
+    assert document["files"] == [str(tmp_path / "run0-model-onnx-fp16.onnx")]
     [measured] = document["measured"]
     assert measured["comparison"]["label_agreement"] >= 0.999
     assert measured["cases"] == 2  # of its fold, not trained on

@@ -105,7 +105,7 @@ def test_the_verdict_is_what_the_intervals_say(means: tuple[float, float], expec
 def test_a_draw_that_is_as_good_as_the_searched_network_is_named() -> None:
     drawn = [record("random", n, around(mean, n)) for n, mean in enumerate((0.87, 0.83, 0.84))]
     said = verdict(grouped([record("searched", 0.5, around(0.87, 0)), *drawn]))
-    told = "sigma-0.5 is better than the random ones together, but random-0 is as good or better."
+    told = "sigma-0.5 is better than the random ones together, but random-0 is no worse."
     assert said.startswith(f"**No clear difference**: {told}")
 
 
