@@ -45,7 +45,7 @@ def main() -> None:
 
     hostile = hostile_windows(proof.windows.shape[1:])
     harsh = run_windows(opened(proof.onnx, "fp32"), hostile)
-    sessions, rows = [], []
+    sessions, compared, sizes = [], [], []
     for kind, settings in KINDS.items():
         for ends in options.ends or ENDS:
             first, last = (int(n) for n in ends.split(","))
@@ -54,11 +54,11 @@ def main() -> None:
             session = opened(network, "int8")
             found = compare(session, spec, proof.sha256, real=(proof.windows, proof.logits), hostile=(hostile, harsh))
             off, odd = 1 - found.label_agreement, 1 - found.hostile_label_agreement
-            rows.append([kind, ends, f"{1e4 * off:.2f}", f"{100 * odd:.2f}", f"{found.mean_abs_logit:.3f}"])
-            rows[-1].append(f"{len(network) / 1e6:.1f}")
+            compared.append([kind, ends, f"{1e4 * off:.2f}", f"{100 * odd:.2f}", f"{found.mean_abs_logit:.3f}"])
+            sizes.append(f"{len(network) / 1e6:.1f}")
             sessions.append(session)
-    for row, seconds in zip(rows, in_turns(sessions, proof.windows[:1], options.rounds), strict=True):
-        row.insert(-1, f"{seconds:.3f}")
+    medians = [f"{seconds:.3f}" for seconds in in_turns(sessions, proof.windows[:1], options.rounds)]
+    rows = [[*row, median, size] for row, median, size in zip(compared, medians, sizes, strict=True)]
     for row in (COLUMNS, *rows):
         print("  ".join(text.rjust(12) for text in row))
     title = f"Forms of INT8: {spec.name}"

@@ -21,7 +21,6 @@ FEATURES: Final = (
 BF16_FEATURES: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """With one of these bfloat16 is computed by the processor; without, an engine imitates it slowly."""
 
-
 VNNI_FEATURES: Final = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 """With one of these unsigned times signed bytes sum up in 32 bits; other x86 processors saturate at 16 on the way."""
 
