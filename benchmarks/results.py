@@ -121,7 +121,11 @@ def verdict(groups: Groups) -> str:
     shares = {name: fmean(record.cost["gmac"] for record in found) / work for name, found in searched.items()}
     alike = {name: said for name, said in verdicts.items() if abs(shares[name] - 1) <= 2 * TOLERANCE}
     better = [name for name, said in alike.items() if said == "better"]
-    equals = [name for name in groups if groups[name][0].kind == "random" and _matches(groups, name, better)]
+    equals = [
+        f"{drawn_name} is {said}"
+        for drawn_name, found in groups.items()
+        if found[0].kind == "random" and (said := _holds_against(groups, drawn_name, better))
+    ]
     parts = [_verdict_of_equals(alike, equals)] if alike else []
     parts += [
         f"{name}, with {shares[name]:.2f} times the work: {said}."
@@ -135,13 +139,13 @@ def verdict(groups: Groups) -> str:
 
 
 def _verdict_of_equals(verdicts: dict[str, str], equals: Sequence[str]) -> str:
-    """Say what holds for searched networks with about the work of the random ones, of which `equals` are as good."""
+    """Say what holds for searched networks with about the work of the random ones; `equals` tells which are as good."""
     said = {kind: [name for name, found in verdicts.items() if found == kind] for kind in ("better", "worse")}
     if not said["better"] and not said["worse"]:
         return f"**No difference**: {_named(verdicts)} no different from the random ones beyond what chance explains."
     if said["better"] and equals:  # with few draws one as good is no proof of the search
         better = f"{_named(said['better'])} better than the random ones together"
-        return f"**No clear difference**: {better}, but {_named(equals)} no worse."
+        return f"**No clear difference**: {better}, but {' and '.join(equals)}."
     if len(said["better"]) == len(verdicts):
         return f"**Search beats chance** here: {_named(verdicts)} better than the random ones together."
     if len(said["worse"]) == len(verdicts):
@@ -150,9 +154,12 @@ def _verdict_of_equals(verdicts: dict[str, str], equals: Sequence[str]) -> str:
     return f"**Mixed**: {'; '.join(parts)} than the random ones, the others no different."
 
 
-def _matches(groups: Groups, drawn: str, searched: Iterable[str]) -> bool:
-    """Say whether a random network is as good as a searched one that is better than the random ones together."""
-    return any(compare(groups[name], groups[drawn]).verdict != "better" for name in searched)
+def _holds_against(groups: Groups, drawn: str, searched: Iterable[str]) -> str:
+    """Say how a random network stands to searched ones that beat the random ones together; empty where it is worse."""
+    said = {name: compare(groups[name], groups[drawn]).verdict for name in searched}
+    if beaten := [name for name, verdict in said.items() if verdict == "worse"]:
+        return f"better than {' and '.join(beaten)}"
+    return "no worse" if "no difference" in said.values() else ""
 
 
 def _named(names: Iterable[str]) -> str:
@@ -215,7 +222,7 @@ def _differences(groups: Groups) -> str:
     drawn = [record for found in groups.values() for record in found if record.kind == "random"]
     about = (
         f"Mean difference in Dice, case by case, with its {LEVEL:.0%} interval from {RESAMPLES} bootstrap samples of "
-        "the cases. Seeds of one network are averaged first.\n"
+        "the cases. Seeds of one arm are averaged first; those of a searched arm are different networks.\n"
     )
     rows = []
     for name, found in groups.items():

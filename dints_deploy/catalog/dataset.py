@@ -6,6 +6,7 @@ The hospital that validates an entry on its own labels and the workshop that tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,9 @@ from dints_deploy.imaging.volume import Volume
 FOLDS: Final = 5
 FOLD_SEED: Final = 12345
 """The field's usual five folds: scikit-learn's KFold(5, shuffle=True, random_state=12345) over the sorted ids."""
+
+MOST_TOLD: Final = 5
+"""Missing files that one error names."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def read_dataset(root: Path) -> Dataset:
     if not (root / "dataset.json").is_file():
         raise DatasetError("dataset-invalid", f"expected an MSD task folder, found no dataset.json in {root}")
     parsed = read_json(root / "dataset.json", _DatasetFile, DatasetError, "dataset-invalid")
-    cases = sorted((_case(root, pair) for pair in parsed.training), key=lambda case: case.id)
+    cases = sorted(_cases(root, parsed.training), key=lambda case: case.id)
     if twice := [a.id for a, b in pairwise(cases) if a.id == b.id]:
         raise DatasetError(
             "dataset-invalid", f"expected distinct case ids in {root / 'dataset.json'}, found two {twice[0]}"
@@ -134,6 +138,20 @@ def read_unlabelled(root: Path) -> dict[str, Path]:
     if not images:
         raise DatasetError("dataset-invalid", f"expected cases under `test` in {root / 'dataset.json'}, found none")
     return {_stem(image): _file(root, _stem(image), "image", image) for image in sorted(images)}
+
+
+def _cases(root: Path, pairs: Sequence[_Pair]) -> list[Case]:
+    """Return the cases; raise one error for all files that are missing, or lie elsewhere."""
+    cases, faults = [], []
+    for pair in pairs:
+        try:
+            cases.append(_case(root, pair))
+        except DatasetError as fault:
+            faults.append(fault)
+    if faults:
+        more = f"; and {len(faults) - MOST_TOLD} more" if len(faults) > MOST_TOLD else ""
+        raise DatasetError(faults[0].code, "; ".join(fault.message for fault in faults[:MOST_TOLD]) + more)
+    return cases
 
 
 def _case(root: Path, pair: _Pair) -> Case:
@@ -164,6 +182,8 @@ def read_case(case: Case, labels: dict[int, str]) -> tuple[Volume, Volume]:
         image, label = read_nifti(case.image), read_nifti(case.label)
     except DintsError as fault:
         raise DatasetError("case-invalid", f"case {case.id}: {fault.message}") from fault
+    if label.channels != 1:
+        raise DatasetError("case-invalid", f"case {case.id}: expected a label of one channel, found {label.channels}")
     if not image.grid.same_as(label.grid, tolerance_mm=0.01):
         raise DatasetError(
             "case-invalid",

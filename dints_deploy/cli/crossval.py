@@ -22,7 +22,7 @@ def crossval_command(
     task: Annotated[str, typer.Option(help="Number or name of a task with a recipe, or a recipe's path.")],
     data: Annotated[Path, typer.Option(help="The task's folder in MSD layout.")],
     out: Annotated[Path, typer.Option(help="Folder for the folds' runs; folds that are done are kept.")],
-    fold: Annotated[list[int] | None, typer.Option(help="Only these folds; all five by default.")] = None,
+    fold: Annotated[list[int] | None, typer.Option(help="Train only these folds; all five by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,

@@ -48,7 +48,7 @@ def check_command(
     Example: dints-deploy data check Task04_Hippocampus
     """
     with failing(as_json):
-        from dints_deploy.catalog.check import check_dataset
+        from dints_deploy.runtime.check import check_dataset
 
         with progress("check") as bar:
             report = check_dataset(folder, progress=bar)
@@ -65,7 +65,7 @@ def plan_command(
         str | None, typer.Option(help="Start from this task's recipe: its labels, codes and words stay.")
     ] = None,
     max_memory: Annotated[str, typer.Option(help="Activations that a training step may keep, such as 8G.")] = "8G",
-    channels: Annotated[float, typer.Option(help="Channel multiplier of the network.")] = 1.0,
+    channels: Annotated[float, typer.Option(min=1 / 32, help="Channel multiplier of the network.")] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a dataset and write a recipe for it: spacing, window, batch, intensities; edit it as you like.
@@ -77,6 +77,9 @@ def plan_command(
             from dints_search.fingerprint import fingerprint
             from dints_search.plan import plan, write_plan
             from dints_search.recipe import find_recipe
+        memory_bytes = parse_bytes(max_memory)
+        if not memory_bytes:
+            raise UsageError("usage", f"expected --max-memory SIZE above 0, such as 8G, found {max_memory}")
         if output.exists():
             raise UsageError("usage", f"expected no {output} yet: it may hold your changes; choose another with -o")
         dataset = read_dataset(folder)
@@ -86,7 +89,7 @@ def plan_command(
             dataset,
             measured,
             start=find_recipe(task) if task else None,
-            memory_bytes=parse_bytes(max_memory) or 0,
+            memory_bytes=memory_bytes,
             channel_multiplier=channels,
         )
         write_text(output, write_plan(recipe, reasons))
@@ -95,14 +98,15 @@ def plan_command(
 
 
 def _show_check(report: Any) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("case", "voxels", "spacing in mm", *report.dataset.labels.values(), "remarks")
+    table = Table(Column("case", overflow="fold", no_wrap=False), "voxels", "spacing in mm")
+    for name in (*report.dataset.labels.values(), "remarks"):
+        table.add_column(name)
     for case in report.cases:
         counts = ["-" if case.fault else str(case.labels.get(value, 0)) for value in report.dataset.labels]
         sizes = " x ".join(str(n) for n in case.shape), " x ".join(f"{mm:g}" for mm in case.spacing)
-        table.add_row(case.id, *sizes, *counts, case.fault or ", ".join(case.remarks))
+        table.add_row(case.id, *sizes, *counts, "faulty" if case.fault else ", ".join(case.remarks))
     say(table)
-    bad = sum(1 for case in report.cases if case.fault)
-    lines = [f"{len(report.cases)} cases, {bad} with a fault", *report.faults]
-    say("\n".join(lines))
+    bad = [f"case {case.id}: {case.fault}" for case in report.cases if case.fault]
+    say("\n".join([f"{len(report.cases)} cases, {len(bad)} with a fault", *bad, *report.faults]))

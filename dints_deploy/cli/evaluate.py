@@ -27,7 +27,8 @@ def evaluate_command(
     model: Annotated[str | None, typer.Option(help="Zoo entry.")] = None,
     run: Annotated[Path | None, typer.Option(help="A training run's folder, instead of --model (needs torch).")] = None,
     fold: Annotated[
-        int | None, typer.Option(help="Validation part of fold 0..4; without it, all unseen cases.")
+        int | None,
+        typer.Option(help="Validation part of fold 0..4; without it all unseen cases, with --run its own fold's."),
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or onnx.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32; others need a local parity certificate.")] = "fp32",
@@ -48,6 +49,14 @@ def evaluate_command(
             raise UsageError("usage", "expected --model ENTRY or --run RUN, one of the two")
         if device is not None and run is None:
             raise UsageError("usage", "expected --device with --run RUN: an entry is measured on the CPU")
+        if run is not None and (engine, precision) != ("auto", "fp32"):
+            raise UsageError(
+                "usage", "expected --engine and --precision with --model: a run is measured with torch, fp32"
+            )
+        if submission is not None and any(given is not None for given in (fold, output, plot)):
+            raise UsageError(
+                "usage", "expected --submission without --fold, -o and --plot: its cases have no labels here"
+            )
         place = device or "cpu"
         if submission is not None:
             _submit(submission, model, run, data, engine, precision, place, as_json=as_json)
@@ -58,7 +67,7 @@ def evaluate_command(
             spec, result, about = _run(run, data, fold, place)
         if plot is not None:
             _plot(plot, spec, result)
-        document = {**about, "fold": fold, **result.as_dict()}
+        document = {**about, **result.as_dict()}
         if output is not None:
             write_text(output, json.dumps(document, indent=2) + "\n")
         say_json(document) if as_json else _show(spec, result, about)
@@ -77,7 +86,7 @@ def _entry(
     info = sessions[0].info
     weights = {member.onnx: entry.digests[member.onnx] for member in entry.spec.members}
     about = {"entry": entry.spec.name, "version": entry.spec.version, "onnx_sha256": weights}
-    return entry.spec, result, {**about, "engine": info.engine, "precision": info.precision}
+    return entry.spec, result, {**about, "engine": info.engine, "precision": info.precision, "fold": fold}
 
 
 def _run(run: Path | None, data: Path, fold: int | None, device: str) -> tuple[Entry, Evaluation, dict[str, Any]]:
@@ -87,7 +96,9 @@ def _run(run: Path | None, data: Path, fold: int | None, device: str) -> tuple[E
         raise UsageError("usage", "expected --run RUN")
     with progress("evaluate") as report:
         spec, result = evaluate_run(run, read_dataset(data), fold, device=device, progress=report)
-    return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32", "device": device}
+    if fold is None and spec.training is not None:
+        fold = spec.training.fold
+    return spec, result, {"run": str(run), "engine": "torch", "precision": "fp32", "device": device, "fold": fold}
 
 
 def _submit(

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,12 +57,21 @@ def read_nifti(path: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> Volume:
         ScanRefused: codes `scan-missing`, `scan-empty`, `scan-format`, `scan-truncated`, `scan-gzip`,
             `scan-too-large`, `scan-dimensions`, `scan-datatype`, `scan-affine`.
     """
-    raw = _read_bounded(path, max_bytes)
+    raw = _read_bounded(path, max_bytes, _unpack)
     header = _parse(path, raw)
     data = _voxels(path, header, raw)  # (I, J, K) or (I, J, K, C)
     if data.ndim == 3:
         data = data[..., np.newaxis]
     return Volume(np.moveaxis(data, -1, 0), _affine(path, header))
+
+
+def read_grid(path: Path) -> Grid:
+    """Read where the voxels of a NIfTI file lie from its header alone; raise as `read_nifti` does for a header."""
+    header = _parse(path, _read_bounded(path, MAX_UNPACKED_BYTES, _unpack_header))
+    shape = header.get_data_shape()
+    if len(shape) not in (3, 4):
+        raise ScanRefused("scan-dimensions", f"expected an image of 3 or 4 axes, found {len(shape)} in {path.name}")
+    return Grid(shape[:3], _affine(path, header))
 
 
 def write_nifti(path: Path, volume: Volume) -> None:
@@ -96,8 +106,8 @@ def _packed(raw: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _read_bounded(path: Path, max_bytes: int) -> bytes:
-    """Return the unpacked bytes of the image, never more than its header claims plus a little."""
+def _read_bounded(path: Path, max_bytes: int, unpack: Callable[[Path, Any, int, int], bytes]) -> bytes:
+    """Return what `unpack` makes of the file: its image, or its header."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # asked before opening: opening a pipe waits for its writer
@@ -108,8 +118,8 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             if packed:
-                return _unpack(path, igzip.IGzipFile(fileobj=file), max_bytes, status.st_size * MAX_EXPANSION)
-            return _unpack(path, file, max_bytes, status.st_size)
+                return unpack(path, igzip.IGzipFile(fileobj=file), max_bytes, status.st_size * MAX_EXPANSION)
+            return unpack(path, file, max_bytes, status.st_size)
     except (igzip.BadGzipFile, EOFError, igzip_lib.IsalError) as error:  # type: ignore[misc]  # the stub has no class
         code = "scan-truncated" if isinstance(error, EOFError) else "scan-gzip"
         message = f"expected a whole gzip stream in {path.name}, found: {error}: copy the file again"
@@ -119,14 +129,14 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
         raise ScanRefused("scan-missing", f"expected a readable file at {path}, found: {reason}") from error
 
 
-def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
-    """Return the header and its voxels; `available` is what the file can hold at most, so that no more is set aside."""
+def _unpack_header(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
+    """Return the header, which claims no more voxels than the file can hold and may be read."""
     start = stream.read(4)
     header_bytes = HEADER_BYTES.get(start)
     if header_bytes is None:
         raise ScanRefused("scan-format", f"expected a NIfTI image (.nii, .nii.gz), found other content in {path.name}")
     header: bytes = start + stream.read(header_bytes - 4)
-    claimed = _claimed_bytes(path, header, header_bytes)
+    claimed = _claimed_bytes(path, header)
     if claimed > max_bytes:
         raise ScanRefused(
             "scan-too-large", f"expected at most {max_bytes} bytes, the header of {path.name} claims {claimed}"
@@ -135,6 +145,13 @@ def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
         raise ScanRefused(
             "scan-truncated", f"expected {claimed} bytes in {path.name}, it holds at most {available}: copy it again"
         )
+    return header
+
+
+def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
+    """Return the header and its voxels; `available` is what the file can hold at most, so that no more is set aside."""
+    header = _unpack_header(path, stream, max_bytes, available)
+    claimed = _claimed_bytes(path, header)
     body: bytes = stream.read(claimed - len(header))
     if len(header) + len(body) < claimed:
         found = len(header) + len(body)
@@ -146,9 +163,11 @@ def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
     return header + body
 
 
-def _claimed_bytes(path: Path, header: bytes, header_bytes: int) -> int:
+def _claimed_bytes(path: Path, header: bytes) -> int:
+    """Return the bytes of the file that a header speaks of, itself included."""
     from dints_deploy.imaging.lean_nibabel import HeaderDataError, Nifti1Header, Nifti2Header
 
+    header_bytes = HEADER_BYTES[header[:4]]
     if len(header) < header_bytes:
         raise ScanRefused("scan-truncated", f"expected a header of {header_bytes} bytes in {path.name}: copy it again")
     kind = Nifti1Header if header_bytes == 348 else Nifti2Header

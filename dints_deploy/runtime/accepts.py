@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dints_deploy.catalog.entry import Entry
+from dints_deploy.catalog.entry import Accepts, Entry, GeometryPolicy
 from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.imaging.geometry import orient
 from dints_deploy.imaging.volume import Grid, Volume
@@ -33,12 +33,22 @@ def check_accepts(scan: Volume, entry: Entry, *, modality: str | None = None) ->
     accepts = entry.accepts
     if modality is not None and modality not in accepts.modality:
         raise ScanRefused("scan-modality", f"expected {' or '.join(accepts.modality)}, found {modality}")
-    grid = _upright(scan)
-    if entry.geometry.tilt != "accept":
-        _check_orthogonal(grid)
-    _check("scan-shape", "voxels", grid.shape, accepts.shape_min, None, entry)
-    _check("scan-spacing", "mm of spacing", grid.spacing, accepts.spacing_min, accepts.spacing_max, entry)
-    _check("scan-extent", "mm of extent", grid.extent, accepts.extent_min, accepts.extent_max, entry)
+    check_grid(scan.grid, entry.name, accepts, entry.geometry)
+
+
+def check_grid(grid: Grid, name: str, accepts: Accepts, geometry: GeometryPolicy) -> None:
+    """Refuse a grid, of any orientation, that does not fit what an entry or a recipe of this name accepts.
+
+    Raises:
+        ScanRefused: `scan-affine`, `scan-shape`, `scan-spacing` or `scan-extent`.
+    """
+    upright = _upright(grid)
+    if geometry.tilt != "accept":
+        _check_orthogonal(upright)
+    about = name + (f" ({accepts.about})" if accepts.about else "")
+    _check("scan-shape", "voxels", upright.shape, accepts.shape_min, None, about)
+    _check("scan-spacing", "mm of spacing", upright.spacing, accepts.spacing_min, accepts.spacing_max, about)
+    _check("scan-extent", "mm of extent", upright.extent, accepts.extent_min, accepts.extent_max, about)
 
 
 def accepting(scan: Volume, entries: Sequence[Entry], *, modality: str | None = None) -> Entry:
@@ -76,8 +86,9 @@ def no_entry(what: str, refusals: Mapping[str, ScanRefused]) -> ScanRefused:
     return ScanRefused("scan-no-entry", f"expected an entry that accepts this {what}, found none ({reasons})")
 
 
-def _upright(scan: Volume) -> Grid:
-    return orient(Volume(scan.data[:1], scan.affine))[0].grid
+def _upright(grid: Grid) -> Grid:
+    empty = np.broadcast_to(np.uint8(0), (1, *grid.shape))  # takes no memory
+    return orient(Volume(empty, grid.affine))[0].grid
 
 
 def _check_orthogonal(grid: Grid) -> None:
@@ -95,14 +106,11 @@ def _check(
     found: Sequence[float],
     low: Sequence[float],
     high: Sequence[float] | None,
-    entry: Entry,
+    about: str,
 ) -> None:
     for axis, value, least, most in zip(AXES, found, low, high or [float("inf")] * 3, strict=True):
         if least * (1 - TOLERANCE) <= value <= most * (1 + TOLERANCE):
             continue
-        about = f" ({entry.accepts.about})" if entry.accepts.about else ""
         bounds = f"at least {least:g}" if high is None else f"{least:g} to {most:g}"
-        message = (
-            f"expected {bounds} {unit} {axis} for {entry.name}{about}, found {value:g}: choose another scan or entry"
-        )
+        message = f"expected {bounds} {unit} {axis} for {about}, found {value:g}: choose another scan or entry"
         raise ScanRefused(code, message)

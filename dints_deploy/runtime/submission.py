@@ -10,15 +10,16 @@ import gzip
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from dints_deploy.catalog.entry import Entry
 from dints_deploy.errors import ScanRefused, UsageError
 from dints_deploy.files import make_folder, replacing
-from dints_deploy.imaging.nifti import read_nifti, write_nifti
-from dints_deploy.runtime.accepts import check_accepts
+from dints_deploy.imaging.nifti import read_grid, read_nifti, write_nifti
+from dints_deploy.runtime.accepts import check_accepts, check_grid
 from dints_deploy.runtime.engine import Session
 from dints_deploy.runtime.preprocess import prepare
 from dints_deploy.runtime.segment import run
@@ -56,6 +57,9 @@ def submit(
         UsageError: another kind of archive. ScanRefused: the entry does not accept a case; it is named.
     """
     check_archive_name(out)
+    for case, image in cases.items():  # an archive without one of them is refused: know it before hours of work
+        with _named(case):
+            check_grid(read_grid(image), spec.name, spec.accepts, spec.geometry)
     make_folder(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".submitting-") as work:
         files = []
@@ -70,14 +74,21 @@ def submit(
 
 
 def _predict(case: str, image: Path, path: Path, spec: Entry, sessions: Sequence[Session]) -> None:
-    try:
+    with _named(case):
         scan = read_nifti(image)
         check_accepts(scan, spec)
         prepared = prepare(scan, spec.preparation)
-    except ScanRefused as refusal:
-        raise ScanRefused(refusal.code, f"case {case}: {refusal.message}") from refusal
     result = run(prepared, spec, sessions)
     write_nifti(path, result.labels)
+
+
+@contextmanager
+def _named(case: str) -> Iterator[None]:
+    """Put the case's name before a refusal."""
+    try:
+        yield
+    except ScanRefused as refusal:
+        raise ScanRefused(refusal.code, f"case {case}: {refusal.message}") from refusal
 
 
 def _pack(files: Sequence[Path], task: str, archive: Path) -> None:

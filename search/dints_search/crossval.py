@@ -16,10 +16,12 @@ from dints_deploy.catalog.dataset import FOLDS, Dataset
 from dints_deploy.catalog.entry import Label
 from dints_deploy.errors import UsageError
 from dints_deploy.files import write_text
+from dints_search.dataset import check_accepted
 from dints_search.evaluate import evaluate_run
 from dints_search.genotype import Genotype
 from dints_search.recipe import Recipe
 from dints_search.retrain import retrain
+from dints_search.run import WEIGHTS
 from dints_search.world import started
 
 EVALUATION = "evaluation.json"
@@ -71,7 +73,7 @@ def crossval(
     cache: Path | None = None,
     report: Report = lambda fold, done, steps: None,
 ) -> CrossValidation:
-    """Train and measure every fold that is not done yet in `out`, and sum up.
+    """Train and measure the folds that are not done yet in `out`, and sum up all that are.
 
     Raises:
         DatasetError: as for `retrain` and `evaluate_run`; `run-mismatch` where `out` holds another configuration.
@@ -83,14 +85,17 @@ def crossval(
             f"expected crossval in one process, found {started()} under torchrun: train fold N with torchrun and "
             f"`dints-deploy retrain --fold N --out {out}/foldN`; crossval then measures the folds and sums them up",
         )
-    evaluations = {}
     for fold in folds:
+        dataset.fold(fold)  # refuses one that does not exist before another is trained
+    check_accepted(dataset.cases, recipe)
+    evaluations = {}
+    for fold in sorted({*folds, *_measured(out)}):
         run = out / f"fold{fold}"
 
         def step(done: int, loss: float, rate: float, fold: int = fold) -> None:
             report(fold, done, recipe.retraining.steps)
 
-        # a finished fold is resumed too: it does nothing, but refuses another configuration
+        # a finished fold is resumed too: it computes nothing, but refuses another configuration
         retrain(
             recipe, genotype, dataset, run, fold=fold, seed=seed, resume=True, device=device, cache=cache, report=step
         )
@@ -101,6 +106,11 @@ def crossval(
     result = sum_up(evaluations, recipe.labels)
     write_text(out / SUMMARY, json.dumps(result.as_dict(), indent=1) + "\n")
     return result
+
+
+def _measured(out: Path) -> list[int]:
+    """Return the folds that are trained and measured already."""
+    return [n for n in range(FOLDS) if all((out / f"fold{n}" / name).exists() for name in (WEIGHTS, EVALUATION))]
 
 
 def sum_up(evaluations: dict[int, dict[str, Any]], labels: Sequence[Label]) -> CrossValidation:

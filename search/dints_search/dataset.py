@@ -7,6 +7,7 @@ uninterrupted run sees, whatever the number of worker processes.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from dints_deploy.catalog.dataset import Case, Dataset, read_case
 from dints_deploy.catalog.preparation import Preparation
-from dints_deploy.errors import DatasetError, DintsError
+from dints_deploy.errors import DatasetError, DintsError, ScanRefused
 from dints_deploy.files import make_folder, replacing, sha256_file
+from dints_deploy.imaging.nifti import read_grid
+from dints_deploy.runtime.accepts import check_grid
 from dints_deploy.runtime.preprocess import prepare
 from dints_search.augment import Augmenter
 from dints_search.recipe import Recipe
@@ -59,7 +62,7 @@ def load_cases(
 
 
 def check_dataset(dataset: Dataset, recipe: Recipe) -> None:
-    """Refuse a dataset whose channels or labels are not the recipe's, or stand in another order.
+    """Refuse a dataset whose channels or labels are not those of the recipe's task, or stand in another order.
 
     Raises:
         DatasetError: `dataset-invalid`.
@@ -74,13 +77,31 @@ def check_dataset(dataset: Dataset, recipe: Recipe) -> None:
             ("channels", recipe.dataset.modality, dataset.channels),
             ("labels", recipe.dataset.labels, tuple(dataset.labels.values())),
         ):
-            ours, theirs = ([name.casefold() for name in names] for names in (expected, found))
-            if ours != theirs and sorted(ours) == sorted(theirs):
-                _refuse(f"{kind} in this order", expected, found)
+            if [name.casefold() for name in expected] != [name.casefold() for name in found]:
+                setting = "modality" if kind == "channels" else "labels"
+                advice = f": if they mean the same, give --set 'dataset.{setting}={json.dumps(found)}'"
+                _refuse(f"{kind} in this order", list(expected), list(found), advice)
 
 
-def _refuse(what: str, expected: object, found: object) -> NoReturn:
-    raise DatasetError("dataset-invalid", f"expected the recipe's {what}, {expected}, found {found} in dataset.json")
+def _refuse(what: str, expected: object, found: object, advice: str = "") -> NoReturn:
+    message = f"expected the recipe's {what}, {expected}, found {found} in dataset.json{advice}"
+    raise DatasetError("dataset-invalid", message)
+
+
+def check_accepted(cases: Sequence[Case], recipe: Recipe) -> None:
+    """Refuse cases that a network of the recipe would refuse: they could be trained on, but neither measured nor used.
+
+    Only their headers are read, so that this is known before anything is computed.
+
+    Raises:
+        DatasetError: `case-invalid`, naming the first.
+    """
+    for case in cases:
+        try:
+            check_grid(read_grid(case.image), recipe.task, recipe.accepts, recipe.geometry)
+        except ScanRefused as refusal:
+            message = f"case {case.id}: {refusal.message}, or --set what [accepts] of the recipe says"
+            raise DatasetError("case-invalid", message) from refusal
 
 
 def check_classes(cases: Sequence[TrainingCase], labels: dict[int, str]) -> None:

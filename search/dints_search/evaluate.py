@@ -12,7 +12,7 @@ from dints_deploy.catalog.entry import Entry, Member, Training
 from dints_deploy.catalog.strict import faults
 from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.runtime.engine import Session
-from dints_deploy.runtime.evaluate import Evaluation, evaluate
+from dints_deploy.runtime.evaluate import Evaluation, check_labels, evaluate
 from dints_search.fits import check_device
 from dints_search.run import RunConfig, image_digests, seen_cases, trained_network
 from dints_search.torch_engine import TorchSession
@@ -77,7 +77,8 @@ def evaluate_run(
     """Measure a finished run on the validation part of its fold, with torch in fp32.
 
     Raises:
-        DatasetError: `cases-seen` when a case of that part was trained on, by id or by content.
+        DatasetError: `cases-seen` when a case of that part was trained on, by id or by content; `dataset-invalid` when
+            the dataset has other labels.
         UsageError: this machine has no such device.
     """
     check_device(device)
@@ -91,4 +92,5 @@ def evaluate_run(
             "cases-seen", f"expected unseen cases, the run was trained on {known[0]}: choose its own fold"
         )
     spec = entry_of([config], "run")
+    check_labels(dataset, spec)
     return spec, evaluate(validation, spec, [TorchSession(network, device=device)], progress=progress)

@@ -20,6 +20,7 @@ from typing import Final
 from dints_deploy.catalog.dataset import read_dataset
 from dints_deploy.errors import DatasetError, UsageError
 from dints_deploy.files import CHUNK_BYTES, make_folder, output_error, sync_folder
+from dints_search.recipe import match_task
 
 TIMEOUT_SECONDS: Final = 30
 """Silence after which a download is given up."""
@@ -49,11 +50,8 @@ def find_task(task: str, sources: Mapping[str, Source]) -> str:
     Raises:
         UsageError: `usage`, listing the tasks there are.
     """
-    wanted = task.lower()
-    for name in sources:
-        number, _, short = name.lower().removeprefix("task").partition("_")
-        if wanted in (name.lower(), short, number, number.lstrip("0")):
-            return name
+    if name := match_task(task, sources):
+        return name
     raise UsageError("usage", f"expected a task of {', '.join(sources)}, found {task!r}")
 
 

@@ -14,9 +14,10 @@ import tomli_w
 import torch
 
 from dints_deploy.catalog.dataset import Dataset
-from dints_deploy.catalog.entry import Accepts, Code, Label
+from dints_deploy.catalog.entry import Accepts, Axis, Code, Label
 from dints_deploy.catalog.preparation import Channel, Intensity, Triple, Window, ZScore
 from dints_search.cost import Setting, memory_table
+from dints_search.dataset import check_dataset
 from dints_search.fingerprint import ChannelFacts, Fingerprint
 from dints_search.recipe import Declared, Recipe, Retraining
 from dints_search.space import SearchSpace
@@ -51,6 +52,8 @@ UNSAID: Final = {
 }
 """What a planned recipe holds where only a person knows: it trains, but nothing is published with it."""
 
+AXES: Final[tuple[Axis, Axis, Axis]] = ("i", "j", "k")
+
 Sizes = tuple[int, int, int]
 
 
@@ -72,7 +75,12 @@ def plan(
         memory_bytes: bound of the activations that a training step keeps for the backward pass.
         channel_multiplier: of the networks.
         space: to search in; without it that of `start`, or D = 4, L = 12.
+
+    Raises:
+        DatasetError: `dataset-invalid` where the dataset is not the one that `start` is for.
     """
+    if start is not None:
+        check_dataset(dataset, start)
     space = space or _space(start)
     spacing = target_spacing(facts)
     shape = np.round(np.array(facts.shape) * facts.spacing / spacing).astype(int)
@@ -90,15 +98,16 @@ def plan(
         for channel, seen in zip(recipe.channels, facts.channels, strict=True)
         for intensity in [choose_intensity(channel.modality, seen)]
     ]
-    sizes = {"batch": batch, "channel_multiplier": channel_multiplier}
+    sizes: dict[str, Any] = {"batch": batch, "channel_multiplier": channel_multiplier}
     single = {"precision": "fp32"} if window[0] == 2 * 2**space.num_depths else {}  # see fits.check_fits
+    augmentation = recipe.retraining.augmentation.model_copy(update={"flat": flat_axis(window, spacing)})
     planned = recipe.model_copy(
         update={
             "spacing": spacing,
             "window": window,
             "channels": tuple(channels),
             "search": recipe.search.model_copy(update=single),
-            "retraining": recipe.retraining.model_copy(update=sizes | single),
+            "retraining": recipe.retraining.model_copy(update=sizes | single | {"augmentation": augmentation}),
         }
     )
     return planned, _reasons(facts, planned, [int(n) for n in shape], each, memory_bytes)
@@ -150,6 +159,15 @@ def choose_window(
         steps[int(np.argmax(covered))] -= 1
 
 
+def flat_axis(window: Sizes, spacing: Triple) -> Axis | None:
+    """Return the axis along which patches have few voxels, or thick ones, beside both others; None where none has."""
+    for longs in (spacing, tuple(1 / n for n in window)):
+        axis = int(np.argmax(longs))
+        if longs[axis] >= ANISOTROPIC * max(n for other, n in enumerate(longs) if other != axis):
+            return AXES[axis]
+    return None
+
+
 def choose_batch(each_bytes: float, memory_bytes: float, patch_voxels: int, dataset_voxels: int) -> int:
     """Return as many patches as fit the memory, at least two, and at most a small share of the dataset."""
     fits = int(memory_bytes / each_bytes)
@@ -173,9 +191,11 @@ def _reasons(facts: Fingerprint, recipe: Recipe, shape: list[int], each: float, 
         f"{' x '.join(f'{mm:g}' for mm in facts.spacing)} mm, anisotropy {facts.anisotropy:.1f}",
         f"spacing {recipe.spacing}: the median; along an axis {ANISOTROPIC:g} times coarser its finer decile",
         f"window {recipe.window}: of the median scan's {size} voxels there; a patch keeps about {each / 2**30:.2f} GiB",
-        f"batch {recipe.retraining.batch}: what {memory_bytes / 2**30:.2f} GiB hold, within "
-        f"{SMALLEST_BATCH} .. {LARGEST_BATCH} and {BATCH_SHARE:.0%} of all voxels",
+        f"batch {recipe.retraining.batch}: {int(memory_bytes / each)} such patches fit {memory_bytes / 2**30:.2f} GiB; "
+        f"within {SMALLEST_BATCH} .. {LARGEST_BATCH} and {BATCH_SHARE:.0%} of all voxels",
     ]
+    if flat := recipe.retraining.augmentation.flat:
+        lines.append(f"augmentation.flat {flat}: {ANISOTROPIC:g} times thicker, or fewer, voxels there than elsewhere")
     for channel, seen in zip(recipe.channels, facts.channels, strict=True):
         scheme = channel.intensity.scheme
         lines.append(

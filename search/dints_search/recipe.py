@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +47,8 @@ class Augmentation(Strict):
         scaling_range: factors of size. translation_range: voxels, at most this much along i, j and k.
         elastic_voxels: standard deviation of the shifts of the control points of an elastic deformation.
         mirror: axes that are flipped at random, each with probability 0.5.
+        flat: axis along which patches have few voxels, or thick ones: they turn around it only, and are scaled, bent
+            and made coarse across it, not along it. Turned out of their planes they would show what lies around them.
     """
 
     rotation: Probability = 0.2
@@ -71,6 +73,7 @@ class Augmentation(Strict):
     gamma: Probability = 0.3
     gamma_range: Range = (0.7, 1.5)
     mirror: tuple[Axis, ...] = ("i", "j", "k")
+    flat: Axis | None = Field(default=None, exclude_if=lambda axis: axis is None)
 
 
 class Retraining(Strict):
@@ -104,7 +107,7 @@ class Declared(Strict):
 
     Attributes:
         modality: names of the channels, in order. labels: names of the labels 1, 2 ..., in order.
-        training: number of labelled cases. test: number of cases without labels.
+        training: number of labelled cases. test: number of those without labels. For the record: copies differ.
     """
 
     modality: tuple[str, ...] = Field(min_length=1)
@@ -177,19 +180,31 @@ def recipe_folder() -> Path:
 def find_recipe(task: str) -> Recipe:
     """Return the recipe of a task by number (4, 04), name (hippocampus) or full name (Task04_Hippocampus), or by path.
 
+    A name may be cut short (brain).
+
     Raises:
         DatasetError: `recipe-invalid`, listing the tasks there are.
     """
     if task.endswith(".toml"):
         return read_recipe(Path(task))
-    files = sorted(recipe_folder().glob("*.toml"))
-    wanted = task.lower()
-    for path in files:
-        number, _, name = path.stem.removeprefix("task").partition("_")
-        if wanted in (path.stem, f"task{number}_{name}", name, number, number.lstrip("0")):
-            return read_recipe(path)
-    known = ", ".join(path.stem for path in files)
+    files = {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
+    if name := match_task(task, files):
+        return read_recipe(files[name])
+    known = ", ".join(files)
     raise DatasetError("recipe-invalid", f"expected a task with a recipe ({known}), found {task!r}")
+
+
+def match_task(task: str, names: Iterable[str]) -> str | None:
+    """Return which of names such as Task04_Hippocampus a person means by a number, a name or its beginning."""
+    wanted = task.lower()
+    begins = []
+    for name in names:
+        number, _, short = name.lower().removeprefix("task").partition("_")
+        if wanted in (name.lower(), short, number, number.lstrip("0")):
+            return name
+        if wanted.isalpha() and short.startswith(wanted):
+            begins.append(name)
+    return begins[0] if len(begins) == 1 else None
 
 
 def with_steps(recipe: Recipe, steps: int | None) -> Recipe:

@@ -24,7 +24,7 @@ from dints_deploy.catalog.dataset import Case, Dataset
 from dints_deploy.files import sha256_file, write_bytes
 from dints_search.augment import Augmenter
 from dints_search.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
+from dints_search.dataset import Patches, check_accepted, check_classes, check_dataset, load_cases
 from dints_search.fits import check_fits
 from dints_search.genotype import Genotype
 from dints_search.metrics import Figures, Metrics, read_metrics
@@ -116,10 +116,15 @@ def retrain(
     check_fits(recipe, genotype.num_depths)
     check_dataset(dataset, recipe)
     training = tuple(case for case in dataset.fold(fold)[0] if case.id not in without)
+    check_accepted(training, recipe)
     with joined(device) as (world, place):
         config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
         config = config.model_copy(update=_schooling(origin, teachers, config.cases))
         config = check_run(folder, config, resume=resume)
+        if (folder / WEIGHTS).exists():
+            if (folder / CHECKPOINT).exists():
+                load_checkpoint(folder / CHECKPOINT, config.digest())  # refuses another configuration's
+            return folder / WEIGHTS
         network, school = _beginning(config, genotype, dataset, origin, teachers, place)
         patches = _patches(recipe, training, world, seed=seed, cache=cache)
         world.wait()  # every process has looked at the folder

@@ -137,7 +137,11 @@ def seen_cases(config: RunConfig, cases: Mapping[str, str]) -> list[str]:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Read a run's configuration; raise `DatasetError` (`recipe-invalid`) when it is none."""
+    """Read a run's configuration; raise `DatasetError` (`checkpoint-invalid`, `recipe-invalid`) when there is none."""
+    if not (folder / "config.toml").is_file():
+        raise DatasetError(
+            "checkpoint-invalid", f"expected the folder of a run, found no config.toml in {folder}: see --out"
+        )
     return read_toml(folder / "config.toml", RunConfig, DatasetError, "recipe-invalid")
 
 

@@ -20,7 +20,7 @@ from dints_search.augment import Augmenter
 from dints_search.bilevel import architecture_step, parameters_of, unrolled_step, weights_step
 from dints_search.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from dints_search.cost import CostTable, Setting, memory_table, reference_memory
-from dints_search.dataset import Patches, check_classes, check_dataset, load_cases
+from dints_search.dataset import Patches, check_accepted, check_classes, check_dataset, load_cases
 from dints_search.fits import check_precision, check_search_fits, search_window
 from dints_search.losses import ArchitectureLoss, architecture_loss
 from dints_search.metrics import Figures, Metrics
@@ -112,6 +112,7 @@ def search(
     check_search_fits(recipe)
     check_dataset(dataset, recipe)
     training, _ = dataset.fold(fold)
+    check_accepted(training, recipe)
     parts = split_training(training, seed=seed, held_out=recipe.search.held_out)
     with joined(device) as (world, place):
         check_precision(recipe.search.precision, place)

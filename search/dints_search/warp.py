@@ -87,10 +87,14 @@ def _draw(settings: Augmentation, rng: Rng) -> tuple[Array, Array | None] | None
     rotated, scaled, bent = (rng.random() < p for p in (settings.rotation, settings.scaling, settings.elastic))
     if not (rotated or scaled or bent):
         return None
-    matrix = _rotation(rng.uniform(-1, 1, 3) * settings.rotation_range) if rotated else np.eye(3)
-    if scaled:
-        matrix = matrix / either_side_of_one(rng, settings.scaling_range)  # larger structures are read more densely
-    return matrix, rng.normal(0, settings.elastic_voxels, (3, *ELASTIC_CONTROL)) if bent else None
+    free = np.array([axis != settings.flat for axis in "ijk"])  # a flat axis is turned around, and else left alone
+    angles = np.where(free.all() | ~free, settings.rotation_range, 0.0)
+    matrix = _rotation(rng.uniform(-1, 1, 3) * angles) if rotated else np.eye(3)
+    if scaled:  # larger structures are read more densely
+        matrix = matrix / np.where(free, either_side_of_one(rng, settings.scaling_range), 1.0)
+    if not bent:
+        return matrix, None
+    return matrix, rng.normal(0, settings.elastic_voxels, (3, *ELASTIC_CONTROL)) * free.reshape(3, 1, 1, 1)
 
 
 def _rotation(angles: Array) -> Array:

@@ -57,6 +57,16 @@ def image_holds_nan(task: Path) -> None:
     change(task / "imagesTr", lambda data: np.where(data > data.max() - 0.1, np.nan, data))
 
 
+def label_has_two_channels(task: Path) -> None:
+    path = task / "labelsTr" / f"{BAD}.nii.gz"
+    label = read_nifti(path)
+    write_nifti(path, Volume(np.concatenate([label.data] * 2), label.affine))
+
+
+def image_is_a_label_map(task: Path) -> None:
+    change(task / "imagesTr", lambda data: np.round(np.clip(data, 0, 3)))
+
+
 def image_has_two_channels(task: Path) -> None:
     path = task / "imagesTr" / f"{BAD}.nii.gz"
     image = read_nifti(path)
@@ -76,6 +86,8 @@ DAMAGES = [
     (image_is_cut_short, "case-invalid", BAD, "gzip"),
     (image_holds_nan, "case-invalid", BAD, "NaN"),
     (image_has_two_channels, "case-invalid", BAD, "channel"),
+    (label_has_two_channels, "case-invalid", BAD, "one channel"),
+    (image_is_a_label_map, "case-invalid", BAD, "label map"),
 ]
 
 
@@ -161,3 +173,48 @@ def test_channels_or_labels_in_another_order_are_noticed(place: Path) -> None:
     recipe = place / "recipe.toml"
     recipe.write_text(recipe.read_text() + '\n[dataset]\nmodality = ["MRI"]\nlabels = ["core", "shell"]\n')
     in_one_line(retrain(place), "dataset-invalid", "labels in this order", "core")
+
+
+def test_the_data_of_another_task_are_refused_until_a_person_says_that_the_names_mean_the_same(place: Path) -> None:
+    recipe = place / "recipe.toml"
+    recipe.write_text(recipe.read_text() + '\n[dataset]\nmodality = ["CT"]\nlabels = ["Shell", "core"]\n')
+    for said in (retrain(place), search(place)):
+        in_one_line(said, "dataset-invalid", "CT", "MRI", "--set 'dataset.modality=[\"MRI\"]'")
+    said = run_cli("data", "plan", place / "task", "--task", recipe, "-o", place / "plan.toml")
+    in_one_line(said, "dataset-invalid", "CT", "MRI")
+    assert not (place / "plan.toml").exists()
+    assert retrain(place, "--set", 'dataset.modality=["MRI"]').code == 0
+
+
+def test_a_case_that_the_network_will_refuse_is_named_before_anything_is_computed(place: Path) -> None:
+    path = place / "task" / "imagesTr" / f"{BAD}.nii.gz"
+    image = read_nifti(path)
+    write_nifti(path, Volume(image.data, np.diag([90.0, 90.0, 90.0, 1.0])))
+    for said in (retrain(place), search(place)):
+        in_one_line(said, "case-invalid", BAD, "found 90", "[accepts]")
+    assert not (place / "run").exists()
+    assert not (place / "found").exists()
+
+
+def test_a_check_tells_every_fault_with_its_case_on_a_narrow_terminal(place: Path) -> None:
+    image_is_cut_short(place / "task")
+    long = place / "task" / "imagesTr" / "ball_007.nii.gz"
+    long.write_bytes(b"")
+    said = run_cli("data", "check", place / "task")
+    assert (said.code, "10 cases, 2 with a fault" in said.out) == (1, True)
+    told = " ".join(said.out.split())
+    assert f"case {BAD}: expected a whole gzip stream" in told
+    assert "case ball_007: expected a NIfTI image, found 0 bytes" in told
+    long.unlink()
+    (place / "task" / "labelsTr" / "ball_001.nii.gz").unlink()
+    in_one_line(run_cli("data", "check", place / "task"), "case-invalid", "ball_007", "ball_001")
+
+
+def test_a_plan_that_cannot_be_made_is_refused_in_one_line(place: Path) -> None:
+    words = ["data", "plan", place / "task", "-o", place / "plan.toml"]
+    in_one_line(run_cli(*words, "--task", "brain"), "dataset-invalid", "T2w")
+    for option, value in (("--channels", "-1"), ("--max-memory", "0")):
+        said = run_cli(*words, option, value)
+        assert said.code == 2, said.err
+        assert option in said.err
+    assert not (place / "plan.toml").exists()

@@ -96,6 +96,28 @@ def test_folds_that_are_done_are_kept_and_others_made_up_for(place: Path) -> Non
     assert json.loads(said.out)["folds"] == document(place / "cv" / "crossval.json")["folds"]
 
 
+def test_one_fold_more_is_summed_up_with_those_that_are_done_and_a_lost_checkpoint_costs_nothing(place: Path) -> None:
+    before = document(place / "cv" / "crossval.json")
+    for fold in (1, 3):
+        (place / "cv" / f"fold{fold}" / "checkpoint.pt").unlink()
+    history = (place / "cv" / "fold1" / "metrics.jsonl").read_bytes()
+    weights = sha256_file(place / "cv" / "fold1" / "weights.safetensors")
+    assert crossval(place, "--fold", 1).code == 0
+    assert document(place / "cv" / "crossval.json") == before
+    assert (place / "cv" / "fold1" / "metrics.jsonl").read_bytes() == history
+    assert sha256_file(place / "cv" / "fold1" / "weights.safetensors") == weights
+
+
+def test_what_a_later_fold_would_refuse_is_refused_before_another_is_trained(place: Path) -> None:
+    task = ["--genotype", place / "genotype.json", "--task", place / "recipe.toml", "--data", place / "task"]
+    words = ["crossval", *task, "--out", place / "other"]
+    said = run_cli(*words, "--fold", 0, "--fold", 7)
+    assert (said.code, "[fold-unknown]" in said.err) == (1, True)
+    said = run_cli(*words, "--set", "accepts.extent_max=[13.5,20,20]")
+    assert (said.code, "[case-invalid]" in said.err, "ball_000" in said.err) == (1, True, True)
+    assert not (place / "other").exists()
+
+
 def test_another_configuration_does_not_continue_the_folds(place: Path) -> None:
     said = crossval(place, "--set", "retraining.ema = 0.9")
     assert (said.code, "run-mismatch" in said.err) == (1, True)

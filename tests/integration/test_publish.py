@@ -132,7 +132,7 @@ def test_the_entry_scores_again_what_its_metrics_say(place: Path) -> None:
 
 def test_torch_scores_what_the_exported_network_scores(place: Path) -> None:
     run = evaluated(place, "--run", place / "run0")
-    assert run["engine"] == "torch"
+    assert (run["engine"], run["fold"]) == ("torch", 0)
     for case, scores in metrics(place)["cases"].items():
         for label in ("1", "2"):
             assert run["cases"][case][label]["dice"] == pytest.approx(scores[label]["dice"], abs=0.01)
@@ -325,7 +325,7 @@ def test_what_cannot_be_published_is_refused_and_leaves_nothing(place: Path) -> 
         (("x", "unfinished"), "task", "checkpoint-invalid"),
         (("x", "run0", "other"), "task", "run-mismatch"),
         (("x", "run0"), "strangers", "run-mismatch"),
-        (("x", "missing"), "task", "recipe-invalid"),
+        (("x", "missing"), "task", "checkpoint-invalid"),
     ]
     for words, data, code in calls:
         said = publish(place, *words, data=data)

@@ -96,6 +96,10 @@ def test_a_run_is_taught_by_another_and_measured_on_the_device_that_is_named(mac
     for call in ([*measure, "--device", "cuda:99"], entry):
         refused = machine.run(*call)
         assert (refused.code, json.loads(refused.out)["error"]["code"]) == (2, "usage")
+    for options in (["--precision", "bf16"], ["--engine", "onnx"], ["--submission", "a.zip", "--plot", "a.png"]):
+        assert machine.run(*measure, *options).code == 2, options
+    lost = machine.run("evaluate", "--run", "nowhere", "--data", "task")
+    assert (lost.code, "no config.toml in nowhere" in lost.err) == (1, True)
 
 
 def in_two_processes(machine: Machine, *words: object) -> str:

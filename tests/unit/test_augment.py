@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from scipy.stats import kstest
 from torch import Tensor
+from torch.nn import functional
 
 from dints_deploy.catalog.preparation import Channel
 from dints_search.augment import Augmenter
@@ -208,6 +210,121 @@ def test_a_change_of_intensity_changes_the_image_and_never_the_label(name: str) 
     correlation = np.corrcoef(changed.flatten(), image.flatten())[0, 1]
     assert correlation > 0.9  # the same scan, seen worse
     assert torch.equal(image, before)
+
+
+def two_channels() -> Tensor:
+    """Return an image (2, I, J, K) whose channels have a mean and a scale of their own."""
+    (one, _), (two, _) = (phantom(seed, (20, 18, 22)) for seed in (0, 1))
+    return torch.cat([40 * one + 100, two - 3])
+
+
+def white(*size: int) -> Tensor:
+    """Return an image without any two neighbours alike."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(1))
+
+
+def before_and_after(settings: Augmentation, image: Tensor, seeds: int = 12) -> list[Pair]:
+    """Return each channel of an image (C, I, J, K) as it was and as each seed changes it, in float64."""
+    label = torch.zeros(1, *image.shape[1:]).long()
+    changed = [change(settings, (image, label), seed)[0].double() for seed in range(seeds)]
+    return [pair for each in changed for pair in zip(image.double(), each, strict=True)]
+
+
+def assert_drawn(found: list[float], low: float, high: float) -> None:
+    """Assert that numbers lie within a range, in its lower and its upper third too, no two of them alike."""
+    third = (high - low) / 3
+    assert low <= min(found) < low + third
+    assert high - third < max(found) <= high
+    assert len({round(number, 5) for number in found}) == len(found)
+
+
+def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
+    assert float((a - b).abs().max()) < tolerance
+
+
+def test_brightness_multiplies_each_channel_by_a_number_drawn_from_its_range() -> None:
+    factors = []
+    for before, after in before_and_after(only(brightness=1, brightness_range=(0.5, 1.6)), two_channels()):
+        factors.append(float((after * before).sum() / before.square().sum()))
+        assert_close(after, before * factors[-1], 1e-4)
+    assert_drawn(factors, 0.5, 1.6)
+
+
+def test_contrast_stretches_each_channel_about_its_mean_and_never_beyond_its_extremes() -> None:
+    factors = []
+    for before, after in before_and_after(only(contrast=1, contrast_range=(0.5, 1.5)), two_channels()):
+        low, high = before.min(), before.max()
+        assert low <= after.min()
+        assert after.max() <= high
+        free = (after > low) & (after < high)
+        was, now = (values - before.mean() for values in (before, after))
+        factors.append(float((now * was)[free].sum() / was[free].square().sum()))
+        assert_close(after, (was * factors[-1] + before.mean()).clamp(low, high), 1e-4)
+    assert_drawn(factors, 0.5, 1.5)
+
+
+@pytest.mark.parametrize(("name", "sign"), [("gamma", 1), ("gamma_of_negative", -1)])
+def test_gamma_raises_a_channel_or_its_negative_to_a_power_and_keeps_its_mean_and_deviation(
+    name: str, sign: int
+) -> None:
+    powers = []
+    for before, after in before_and_after(only(**{name: 1}, gamma_range=(0.4, 1.5)), two_channels()):
+        assert float(after.mean()) == pytest.approx(float(before.mean()), abs=1e-4)
+        assert float(after.std()) == pytest.approx(float(before.std()), abs=1e-4)
+        # a range of powers has 1 inside, so none can be asked for: it is read off the voxel in the middle of the range
+        was, now = ((v - v.min()) / (v.max() - v.min()) for v in (before * sign, after * sign))
+        middle = (was - 0.5).abs().argmin()
+        powers.append(float(now.flatten()[middle].log() / was.flatten()[middle].log()))
+        assert_close(now, was ** powers[-1], 1e-5)
+    assert_drawn(powers, 0.4, 1.5)
+
+
+@pytest.mark.parametrize(("sigma", "radius"), [(0.3, 1), (0.4, 1), (0.7, 2), (1.0, 3), (1.7, 5)])
+def test_blur_is_a_gaussian_cut_off_at_three_sigma_and_repeats_what_lies_at_the_border(
+    sigma: float, radius: int
+) -> None:
+    for before, after in before_and_after(only(blur=1, blur_sigma=(sigma, sigma)), white(2, 14, 11, 9), 1):
+        expected = gaussian_filter(before.numpy(), sigma, mode="nearest", radius=radius)
+        assert_close(after, torch.from_numpy(expected), 1e-5)
+
+
+def test_blur_draws_a_sigma_for_each_channel() -> None:
+    image = white(1, 16, 16, 16).expand(2, -1, -1, -1)
+    most, least = (float(gaussian_filter(image[0], sigma, mode="nearest").std()) for sigma in (0.5, 1.5))
+    pairs = before_and_after(only(blur=1, blur_sigma=(0.5, 1.5)), image)
+    assert_drawn([float(after.std()) for _, after in pairs], least, most)
+
+
+def test_noise_is_normal_around_zero_with_a_deviation_drawn_up_to_the_largest() -> None:
+    image = torch.tensor([5.0, -1.0]).view(2, 1, 1, 1).expand(-1, 32, 32, 32)
+    deviations = []
+    for seed in range(12):
+        changed, _ = change(only(noise=1, noise_std=0.3), (image, torch.zeros(1, 32, 32, 32).long()), seed)
+        noise = (changed - image).double().numpy()
+        deviations.append(float(np.sqrt((noise**2).mean())))
+        standard = noise / deviations[-1]
+        assert kstest(standard.ravel(), "norm").pvalue > 1e-3
+        neighbours = (standard[0] * standard[1], standard[:, 1:] * standard[:, :-1])
+        assert all(abs(product.mean()) < 0.03 for product in neighbours)  # no voxel tells another's noise
+    assert_drawn(deviations, 0.0, 0.3)
+
+
+@pytest.mark.parametrize(("zoom", "small"), [(0.5, (12, 10, 8)), (0.7, (17, 14, 12)), (1.0, (24, 20, 17))])
+def test_a_low_resolution_keeps_the_nearest_voxels_and_joins_them_linearly(zoom: float, small: tuple[int, ...]) -> None:
+    image = white(2, 24, 20, 17)
+    kept = functional.interpolate(image[None].double(), small, mode="nearest-exact")
+    expected = functional.interpolate(kept, image.shape[1:], mode="trilinear")[0]
+    pairs = before_and_after(only(low_resolution=1, low_resolution_range=(zoom, zoom)), image, 1)
+    assert_close(torch.stack([after for _, after in pairs]), expected, 1e-5)
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_an_edge_at_half_the_resolution_is_a_ramp(axis: int) -> None:
+    line = torch.tensor([0.0] * 8 + [1.0] * 8)
+    image = line.expand(1, 16, 16, 16).movedim(-1, axis)
+    [(_, after)] = before_and_after(only(low_resolution=1, low_resolution_range=(0.5, 0.5)), image, 1)
+    ramp = torch.tensor([0.0] * 7 + [0.25, 0.75] + [1.0] * 7)  # strictly between its neighbours
+    assert_close(after.movedim(axis - 1, -1), ramp.expand(16, 16, 16), 1e-6)
 
 
 def test_a_shift_moves_whole_voxels() -> None:

@@ -125,10 +125,11 @@ def test_the_ten_tasks_are_found_by_number_and_name() -> None:
     sources = msd_sources()
     assert len(sources) == 10
     assert all(len(source.md5) == 32 and source.url.endswith(f"{name}.tar") for name, source in sources.items())
-    for words in (("4", "04", "hippocampus", "Task04_Hippocampus"), ("10", "colon", "Task10_Colon")):
+    for words in (("4", "04", "hippocampus", "Task04_Hippocampus"), ("1", "brain", "Task01_BrainTumour")):
         assert len({find_task(word, sources) for word in words}) == 1
-    with pytest.raises(UsageError, match="Task09_Spleen"):
-        find_task("kidney", sources)
+    for wrong in ("kidney", "h", ""):  # two tasks begin with h
+        with pytest.raises(UsageError, match="Task09_Spleen"):
+            find_task(wrong, sources)
     assert run_cli("data", "fetch", "kidney").code == 2
 
 

@@ -20,7 +20,7 @@ from nibabel.nifti2 import Nifti2Image
 from numpy.typing import NDArray
 
 from dints_deploy.errors import OutputError, ScanRefused
-from dints_deploy.imaging.nifti import read_nifti, write_nifti
+from dints_deploy.imaging.nifti import read_grid, read_nifti, write_nifti
 from dints_deploy.imaging.volume import Volume
 from tests.nifti_files import BROKEN, bomb, header, nifti, packed, plain
 from tests.phantoms import affine, noise, volumes
@@ -226,6 +226,24 @@ def test_a_header_with_any_bytes_changed_gives_a_volume_or_a_named_refusal(
         except ScanRefused:
             return
     assert volume.data.dtype.kind in "fiu"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scan.nii"
+        path.write_bytes(raw)
+        assert read_grid(path).same_as(volume.grid)  # the header alone says as much
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_grid_is_read_of_what_has_one_and_else_refused_as_the_whole_file_is(name: str, tmp_path: Path) -> None:
+    build, code = BROKEN[name]
+    path = tmp_path / f"{name}.nii.gz"
+    path.write_bytes(build())
+    found = None
+    try:
+        read_grid(path)
+    except ScanRefused as refusal:
+        found = refusal.code
+    of_voxels = code in ("scan-truncated", "scan-gzip", "scan-too-large", "scan-datatype", "scan-format")
+    assert found == code or (found is None and of_voxels)
 
 
 @settings(max_examples=100, deadline=None)
@@ -323,3 +341,4 @@ def test_real_scans_read_as_nibabel_reads_them(data: Path) -> None:
         volume = read_nifti(path)
         np.testing.assert_array_equal(volume.data[0], np.asarray(oracle.dataobj, dtype=volume.data.dtype))
         np.testing.assert_array_equal(volume.affine, oracle.affine)
+        assert read_grid(path).same_as(volume.grid, 1e-9)

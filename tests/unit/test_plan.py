@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +18,18 @@ from dints_deploy.imaging.nifti import read_nifti, write_nifti
 from dints_deploy.imaging.volume import Volume
 from dints_search.fingerprint import ChannelFacts, Fingerprint, fingerprint
 from dints_search.fits import check_search_fits
-from dints_search.plan import choose_batch, choose_intensity, choose_window, plan, target_spacing, write_plan
+from dints_search.plan import (
+    choose_batch,
+    choose_intensity,
+    choose_window,
+    flat_axis,
+    plan,
+    target_spacing,
+    write_plan,
+)
 from dints_search.recipe import find_recipe, override, read_recipe
 from dints_search.space import SearchSpace
+from dints_search.warp import sampling_grids
 from tests.tiny_entry import run_cli
 from tests.tiny_task import tiny_recipe, write_task
 
@@ -112,6 +122,38 @@ def test_a_batch_fits_its_memory_and_is_a_small_share_of_the_dataset_but_never_o
     assert choose_batch(10, 1000, 100, 10**9) == 16
     assert choose_batch(10, 1000, 100, 8000) == 4  # 5 % of the voxels
     assert choose_batch(10, 5, 100, 10**9) == 2
+
+
+@pytest.mark.parametrize(
+    ("window", "spacing", "axis"),
+    [
+        ((96, 96, 96), (1, 1, 1), None),
+        ((96, 96, 48), (1, 1, 2), None),
+        ((96, 96, 32), (1, 1, 1), "k"),
+        ((96, 96, 64), (0.6, 0.6, 3.6), "k"),
+        ((16, 320, 320), (3, 0.6, 0.6), "i"),
+        ((64, 16, 16), (1, 1, 1), None),
+    ],
+)
+def test_an_axis_of_few_or_thick_voxels_is_flat(window: Any, spacing: Any, axis: str | None) -> None:
+    assert flat_axis(window, spacing) == axis
+
+
+def test_patches_of_a_flat_plan_stay_in_their_planes(tmp_path: Path) -> None:
+    """Turned by 30 degrees around all axes, nine of ten voxels would come from outside."""
+    dataset = read_dataset(write_task(tmp_path / "task", 5))
+    thick = facts(shape=(320, 320, 20), spacing=(0.6, 0.6, 3.6), spacing_fine=(0.6, 0.6, 3.0), labels={1: 0.5, 2: 0.5},
+                  absent={1: 0, 2: 0})  # fmt: skip
+    planned, reasons = plan(dataset, thick, memory_bytes=2**33, space=SMALL)
+    augmentation = planned.retraining.augmentation
+    assert augmentation.flat == "k"
+    assert any("augmentation.flat k" in reason for reason in reasons)
+    always = augmentation.model_copy(update={"rotation": 1.0, "scaling": 1.0})
+    shape = (80, 80, planned.window[2])
+    _, grids = sampling_grids(shape, always, [np.random.default_rng(n) for n in range(4)], torch.device("cpu"))
+    assert torch.allclose(grids[..., 0], torch.linspace(-1, 1, shape[2]).expand(4, *shape), atol=1e-5)
+    assert (grids[..., 1:].diff(dim=3).abs() < 1e-5).all()  # the same change in every plane
+    assert grids[..., 1:].std(dim=0).max() > 0.05
 
 
 def test_ct_gets_a_fixed_window_and_mr_its_own_score() -> None:

@@ -109,6 +109,12 @@ def test_a_draw_that_is_as_good_as_the_searched_network_is_named() -> None:
     assert said.startswith(f"**No clear difference**: {told}")
 
 
+def test_a_draw_that_is_better_than_the_searched_network_is_called_so() -> None:
+    drawn = [record("random", n, around(mean, n)) for n, mean in enumerate((0.89, 0.83, 0.84))]
+    said = verdict(grouped([record("searched", 0.5, around(0.87, 0)), *drawn]))
+    assert "sigma-0.5 is better than the random ones together, but random-0 is better than sigma-0.5." in said
+
+
 def test_a_network_of_another_size_is_no_proof_for_or_against_the_search() -> None:
     small = record("searched", 0.2, around(0.80, 1), gmac=0.5)
     drawn = record("random", 0, around(0.85, 2))

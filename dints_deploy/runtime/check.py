@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from dints_deploy.catalog.dataset import Case, Dataset, read_case, read_dataset
-from dints_deploy.errors import DatasetError
+from dints_deploy.errors import DatasetError, ScanRefused
+from dints_deploy.runtime.voxels import check_voxels
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def check_dataset(root: Path, *, progress: Callable[[int, int], None] = lambda d
     """Read every case of the dataset at `root`.
 
     Raises:
-        DatasetError: `dataset-invalid` or `case-invalid` where `dataset.json` itself, or a file it names, is missing.
+        DatasetError: `dataset-invalid` or `case-invalid` where `dataset.json` itself, or files it names, are missing.
     """
     dataset = read_dataset(root)
     cases = []
@@ -86,10 +87,11 @@ def _check_case(case: Case, dataset: Dataset) -> CaseReport:
     fault = ""
     if image.channels != len(dataset.channels):
         fault = f"expected {len(dataset.channels)} channels ({', '.join(dataset.channels)}), found {image.channels}"
-    elif broken := int(image.data.size - np.isfinite(image.data).sum()):
-        fault = f"expected finite voxels, found {broken} NaN or infinite"
-    elif flat := [c for c, voxels in enumerate(image.data) if voxels.min() == voxels.max()]:
-        fault = f"expected an image, found one value in every voxel of channel {flat[0]}"
+    else:
+        try:
+            check_voxels(image)
+        except ScanRefused as refusal:
+            fault = refusal.message
     remarks = tuple(f"no voxel of {name}" for value, name in dataset.labels.items() if value not in labels)
     spacing = tuple(round(float(mm), 4) for mm in image.grid.spacing)
     return CaseReport(case.id, image.shape, spacing, labels, fault, remarks)
