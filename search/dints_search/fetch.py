@@ -1,11 +1,13 @@
 """Download a task of the Medical Segmentation Decathlon: MONAI's list of addresses and checksums, verified, unpacked.
 
-Nothing is left behind but the verified task: the archive is unpacked beside its place and moved there as a whole.
+Nothing is left behind but the verified task: the archive is unpacked beside its place and moved there as a whole. Where
+the connection breaks, what came is kept, hidden, and the next call goes on from there: the largest task has 27 GB.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http
 import http.client
 import shutil
 import tarfile
@@ -13,6 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -74,46 +77,77 @@ def fetch(
     if target.exists():
         raise UsageError("usage", f"expected no {target} yet: it is there already; `data check` it, or remove it")
     make_folder(out)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as work:
-        archive = Path(work) / f"{name}.tar"
-        try:
-            _download(known[name], archive, progress)
-            _unpack(archive, Path(work) / "unpacked")
-            unpacked = Path(work) / "unpacked" / name
-            read_dataset(unpacked)
-            shutil.move(unpacked, target)
-        except OSError as error:
-            raise output_error(target, error) from error
+    archive = out / f".{name}.tar.part"
+    try:
+        _download(known[name], archive, progress)
+        with _removed_after(archive), tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as work:
+            _check_digest(archive, known[name])
+            _unpack(archive, Path(work))
+            read_dataset(Path(work) / name)
+            shutil.move(Path(work) / name, target)
+    except OSError as error:
+        archive.unlink(missing_ok=True)  # on a full disk it would only be in the way
+        raise output_error(target, error) from error
     sync_folder(out)
     return target
 
 
 def _download(source: Source, archive: Path, progress: Progress) -> None:
-    digest, done = hashlib.md5(usedforsecurity=False), 0
-    with archive.open("wb") as file:
-        for chunk, total in _chunks(source.url):
-            file.write(chunk)
-            digest.update(chunk)
-            done += len(chunk)
-            progress(done, total)
-    if digest.hexdigest() != source.md5:
+    """Append to an archive what it lacks."""
+    try:
+        with archive.open("ab") as file:
+            for chunk, start, total in _chunks(source.url, file.tell()):
+                if start < file.tell():
+                    file.truncate(start)  # the server began anew
+                file.write(chunk)
+                progress(start + len(chunk), total)
+    finally:
+        if not archive.stat().st_size:
+            archive.unlink()
+
+
+@contextmanager
+def _removed_after(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _check_digest(archive: Path, source: Source) -> None:
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != source.md5:
         raise DatasetError(
             "fetch-failed",
-            f"expected MD5 {source.md5} of {source.url}, found {digest.hexdigest()} after {done} bytes: fetch it again",
+            f"expected MD5 {source.md5} of {source.url}, found {found} after {archive.stat().st_size} bytes: "
+            "fetch it again",
         )
 
 
-def _chunks(url: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the bytes at an address piece by piece, each with the number of bytes in all."""
+def _chunks(url: str, start: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the bytes at an address from `start` on, or from 0, where the server gives no part of a file.
+
+    Yields:
+        A piece, where in the file it begins, and the number of bytes in all, 0 where the server does not say.
+    """
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-            total = int(response.headers.get("Content-Length") or 0)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            done = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+            length = int(response.headers.get("Content-Length") or 0)
+            total = done + length if length else 0
             while chunk := response.read(CHUNK_BYTES):
-                yield chunk, total
+                yield chunk, done, total
+                done += len(chunk)
+            if done < total:
+                raise ConnectionError(f"the connection ended after {done} of {total} bytes, call again to go on")
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(error, urllib.error.HTTPError):
             error.close()
+            if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return  # nothing is lacking
         raise DatasetError(
             "fetch-failed", f"expected to read {url}, found: {reason}: fetch it where there is a network, and copy it"
         ) from error

@@ -8,9 +8,10 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from functools import partial
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -24,13 +25,39 @@ TASK = "Task11_Balls"
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Hands out files; of `task.tar` parts too, as MSD's server does, and not all of it where `breaks_at` says so."""
+
+    breaks_at: ClassVar[int | None] = None
+    asked: ClassVar[list[str | None]] = []
+    whole_only: ClassVar[bool] = False
+
     def log_message(self, *args: object) -> None:
         """Say nothing."""
+
+    def do_GET(self) -> None:
+        """Answer with a file or a part of it."""
+        self.asked.append(self.headers.get("Range"))
+        path = Path(self.directory) / self.path.strip("/")
+        if not path.is_file():
+            super().do_GET()
+            return
+        data, start = path.read_bytes(), 0
+        if self.headers.get("Range") and not self.whole_only:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if start >= len(data):
+            self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+            return
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if start else HTTPStatus.OK)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start : self.breaks_at])
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder that a local server hands out, and its address."""
+    Quiet.breaks_at, Quiet.whole_only = None, False
+    Quiet.asked.clear()
     folder = tmp_path / "served"
     folder.mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
@@ -87,6 +114,36 @@ def test_a_task_is_downloaded_verified_and_unpacked(served: tuple[Path, str], tm
     assert not list(folder.rglob("._*"))
     with pytest.raises(UsageError, match="there already"):
         fetch("balls", tmp_path / "out", sources=source(served, archive))
+
+
+@pytest.mark.parametrize("whole_only", [False, True])
+def test_a_download_goes_on_where_the_connection_broke(
+    whole_only: bool, served: tuple[Path, str], tmp_path: Path
+) -> None:
+    archive = packed(write_task(tmp_path / "task", 3))
+    sources, out = source(served, archive), tmp_path / "out"
+    for cut in (5000, 9000):
+        Quiet.breaks_at = cut
+        with pytest.raises(DatasetError, match=f"ended after {cut} of {len(archive)} bytes, call again") as caught:
+            fetch("balls", out, sources=sources)
+        assert caught.value.code == "fetch-failed"
+        assert [(path.name, path.stat().st_size) for path in out.iterdir()] == [(f".{TASK}.tar.part", cut)]
+    Quiet.breaks_at, Quiet.whole_only = None, whole_only
+    told: list[tuple[int, int]] = []
+    fetch("balls", out, sources=sources, progress=lambda done, total: told.append((done, total)))
+    assert Quiet.asked == [None, "bytes=5000-", "bytes=9000-"]
+    assert told[-1] == (len(archive), len(archive))
+    assert len(read_dataset(out / TASK).cases) == 3
+    assert [path.name for path in out.iterdir()] == [TASK]
+
+
+def test_an_archive_that_came_whole_before_the_program_was_killed_is_not_fetched_again(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
+    archive = packed(write_task(tmp_path / "task", 3))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{TASK}.tar.part").write_bytes(archive)
+    assert len(read_dataset(fetch("balls", tmp_path / "out", sources=source(served, archive))).cases) == 3
 
 
 def test_other_bytes_than_the_published_ones_are_refused(served: tuple[Path, str], tmp_path: Path) -> None:
