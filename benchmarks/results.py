@@ -20,9 +20,13 @@ from benchmarks.arms import TOLERANCE, Record, read_record
 from benchmarks.bootstrap import LEVEL, RESAMPLES, Interval, paired_interval
 from benchmarks.machine import ROOT
 from dints_deploy.files import write_text
+from dints_search.budget import least_cost
+from dints_search.cost import Setting, memory_table
 from dints_search.draw import architecture_figure, save_figure
 from dints_search.gap import INHERITED, RETRAINED, SEARCH_NETWORK, WITHIN, GapTable
 from dints_search.genotype import parse_genotype
+from dints_search.recipe import find_recipe
+from dints_search.space import SearchSpace
 
 RECORDS = ROOT / "docs" / "results"
 
@@ -199,8 +203,28 @@ def _networks(records: Sequence[Record]) -> str:
         "search min": lambda r: _minutes(r.search_s),
         "retraining min": lambda r: _minutes(r.retrain_s),
         "draws": lambda r: "-" if r.draws is None else str(r.draws),
+        "share of the space": lambda r: f"{_shares(r)[0]:.2f}",
     }
-    return _table(list(columns), [[cell(r) for cell in columns.values()] for r in records])
+    least = min(_shares(record)[1] for record in records)
+    about = (
+        "The last column is what sigma aims at: the saved activations, stems and head among them, as a share of the "
+        f"whole space's. No network takes less than {least:.2f}.\n"
+    )
+    return _table(list(columns), [[cell(r) for cell in columns.values()] for r in records]) + "\n" + about
+
+
+def _shares(record: Record) -> tuple[float, float]:
+    """Return which share of the memory of the whole space a network takes, and the cheapest one of the space."""
+    genotype, settings = parse_genotype(json.dumps(record.genotype)), record.settings
+    space = SearchSpace(genotype.num_blocks, genotype.num_depths)
+    channels = len(find_recipe(record.task).channels)
+    width = settings["retraining"]["channel_multiplier"]
+    i, j, k = settings["window"]
+    table = memory_table(
+        Setting(space, (i, j, k), channels, len(record.labels) + 1, channel_multiplier=width, up=genotype.up)
+    )
+    whole = table.whole(space.num_blocks)
+    return table.of(genotype) / whole, least_cost(space, table) / whole
 
 
 def _scores(records: Sequence[Record]) -> str:

@@ -83,7 +83,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError("disk-full", f"expected room for {path}, found the disk full: free some space and run again")
     reason = error.strerror or type(error).__name__
-    return OutputError("output-unwritable", f"expected to write {path}, found: {reason}: choose another place with -o")
+    return OutputError("output-unwritable", f"expected to write {path}, found: {reason}: choose another place")
 
 
 def sha256_file(path: Path) -> str:

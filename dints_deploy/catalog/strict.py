@@ -54,4 +54,6 @@ def faults(fault: Exception) -> str:
     if not isinstance(fault, ValidationError):
         return str(fault)
     details = fault.errors(include_url=False, include_context=False, include_input=False)
-    return "; ".join(f"{'.'.join(str(part) for part in d['loc']) or 'file'}: {d['msg']}" for d in details)
+    places = [".".join(str(part) for part in d["loc"]) for d in details]
+    said = [d["msg"].removeprefix("Value error, ") for d in details]
+    return "; ".join(f"{place}: {fault}" if place else fault for place, fault in zip(places, said, strict=True))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -68,6 +70,16 @@ def failing(as_json: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from error
 
 
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say how to go on with long work that a person interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say_note("interrupted: the same command goes on from the last checkpoint with --resume")
+        raise
+
+
 class Bar(Protocol):
     """Shows how far long work is."""
 
@@ -79,7 +91,8 @@ class Bar(Protocol):
 def progress(title: str) -> Iterator[Bar]:
     """Yield a function of (done, total, note): a bar with the time left on a terminal, else a line now and then.
 
-    Of several processes under `torchrun` only the first one shows it.
+    The note stands below the bar, so that no terminal is too narrow for both. Of several processes under `torchrun`
+    only the first one shows it.
     """
     if os.environ.get("RANK", "0") != "0":
         yield lambda done, total, note="": None
@@ -87,32 +100,43 @@ def progress(title: str) -> Iterator[Bar]:
     if not sys.stderr.isatty():
         yield _plain(printable(title))
         return
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(printable(title), total=None, note="")
+    bar, below = Progress(*columns), Text()
+    task = bar.add_task(printable(title), total=None)
 
-        def move(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note)
+    def move(done: int, total: int, note: str = "") -> None:
+        below.plain = note
+        bar.update(task, completed=done, total=total)
 
+    def both() -> Group:
+        return Group(bar, *([below] if below.plain else []))
+
+    with Live(get_renderable=both, console=Console(stderr=True), transient=True):
         yield move
 
 
 def _plain(title: str) -> Bar:
-    last = time.monotonic()
+    begun = last = time.monotonic()
+    first: int | None = None
 
     def line(done: int, total: int, note: str = "") -> None:
-        nonlocal last
-        if time.monotonic() - last >= PLAIN_LINE_SECONDS:
-            last = time.monotonic()
-            sys.stderr.write(f"{title}: {done} of {total}{', ' if note else ''}{note}\n")
+        nonlocal last, first
+        now = time.monotonic()
+        first = done if first is None else first
+        if now - last >= PLAIN_LINE_SECONDS:
+            last = now
+            rest = (now - begun) / (done - first) * (total - done) if done > first else math.nan
+            left = "" if math.isnan(rest) else f", {timedelta(seconds=round(rest))} left"
+            sys.stderr.write(f"{title}: {done} of {total}{left}{', ' if note else ''}{note}\n")
 
     return line

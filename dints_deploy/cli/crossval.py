@@ -23,7 +23,7 @@ def crossval_command(
     data: Annotated[Path, typer.Option(help="The task's folder in MSD layout.")],
     out: Annotated[Path, typer.Option(help="Folder for the folds' runs; folds that are done are kept.")],
     fold: Annotated[list[int] | None, typer.Option(help="Train only these folds; all five by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps per fold, instead of the recipe's.")] = None,

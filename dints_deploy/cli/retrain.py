@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dints_deploy.catalog.dataset import Dataset, read_dataset
-from dints_deploy.cli.console import JsonOption, failing, progress, say, say_json, say_note
+from dints_deploy.cli.console import JsonOption, failing, progress, resumable, say, say_json, say_note
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.errors import UsageError
 
@@ -30,7 +30,7 @@ def retrain_command(
         ),
     ] = None,
     fold: Annotated[int, typer.Option(help="Train on the training part of this fold, 0..4.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda:N; several processes: torchrun.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
@@ -101,7 +101,7 @@ def _retrain(
             "usage", f"expected the dataset of the search in {search}, found another: name {search}/genotype.json with "
             "--genotype to retrain its network on this one"
         )  # fmt: skip
-    with progress("retrain") as bar:
+    with resumable(), progress("retrain") as bar:
         weights = retrain(
             recipe,
             network,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from dints_deploy.catalog.dataset import read_dataset
-from dints_deploy.cli.console import Bar, JsonOption, failing, progress, say, say_json
+from dints_deploy.cli.console import Bar, JsonOption, failing, progress, resumable, say, say_json, say_note
 from dints_deploy.cli.extra import needs_search_extra
 from dints_deploy.cli.search_profile import profile_command
-from dints_deploy.errors import UsageError
+from dints_deploy.errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
     from dints_search.choice import Choice, Chosen
@@ -31,7 +31,7 @@ def search_command(
     data: Annotated[Path | None, typer.Option(help="The task's folder in MSD layout.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to create.")] = None,
     fold: Annotated[int, typer.Option(help="Search on the training part of this fold, 0..4.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of weights, split, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, split, order and augmentation.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was interrupted.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; several processes: torchrun.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
@@ -46,11 +46,19 @@ def search_command(
     memory: Annotated[str | None, typer.Option(help="Form of the memory loss: measured or reference.")] = None,
     unrolled: Annotated[bool, typer.Option("--unrolled", help="DARTS's second-order step, in fp32.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Let torch.compile translate the network.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the network: on a CPU minutes for each block.")
+    ] = False,
     decode: Annotated[str, typer.Option(help="dints, block, darts or single-path.")] = "dints",
-    max_gmac: Annotated[float | None, typer.Option(help="Budget: 10^9 multiply-adds of a window.")] = None,
-    max_memory: Annotated[float | None, typer.Option(help="Budget: MiB of saved training activations.")] = None,
-    max_latency: Annotated[float | None, typer.Option(help="Budget: ms of a window on this machine.")] = None,
+    max_gmac: Annotated[
+        float | None, typer.Option(help="Budget of the network that is retrained: 10^9 multiply-adds of a window.")
+    ] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(help="Budget of it: MiB of activations that training on a window keeps, fp32.")
+    ] = None,
+    max_latency: Annotated[
+        float | None, typer.Option(help="Budget of it: ms of a window on this machine's CPU, torch, fp32.")
+    ] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Let the budget choose operations too.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe, such as search.architecture_rate=0.01.")
@@ -90,22 +98,31 @@ def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, **options: An
     """Search and conclude; None in a process that does not write."""
     from dints_search.choice import check_choice
     from dints_search.conclude import conclude, report
-    from dints_search.search import search
+    from dints_search.search import least_share, search
 
     def show(bar: Bar, done: int, figures: dict[str, float | str]) -> None:
-        wanted = ("loss", "L_seg", "L_alpha", "L_eta", "L_tp", "usage")
+        wanted = ("loss", "L_seg", "L_alpha", "L_eta", "L_tp", "L_m", "usage")
         names = {"loss": "L_w", "usage": "Me/Ma"}
         note = " ".join(f"{names.get(name, name)} {figures[name]:.3g}" for name in wanted if name in figures)
         bar(done, recipe.search.steps, note)
 
-    check_choice(choice)
-    with progress("search") as bar:
+    check_choice(choice, recipe)
+    if recipe.search.memory == "measured" and recipe.search.sigma < (least := least_share(recipe)):
+        say_note(f"note: no network takes less than {least:.3f} of the space's memory: sigma is below that")
+    with resumable(), progress("search") as bar:
         found = search(recipe, read_dataset(data), out, report=partial(show, bar), **options)
     if not found.writes:
         return None
-    chosen = conclude(out, found.network.architecture, recipe, choice)
+    chosen, refusal = None, None
+    try:
+        chosen = conclude(out, found.network.architecture, recipe, choice)
+    except DatasetError as error:
+        refusal = error
     with progress("measure the gap") as measured:
-        report(out, found, recipe, chosen, progress=measured)
+        report(out, found, recipe, chosen, reason=refusal.message if refusal else "", progress=measured)
+    if refusal:
+        again = f"{refusal.message}. The search is kept in {out}: repeat the command with --resume"
+        raise DatasetError(refusal.code, again) from refusal
     return chosen
 
 

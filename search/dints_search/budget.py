@@ -199,17 +199,23 @@ def _trace_back(
     return build_genotype(active, operations, source="decoded: most likely feasible network under a budget")
 
 
+def least_cost(space: SearchSpace, cost: CostTable, operations: Ints | None = None) -> float:
+    """Return the cost of the cheapest feasible network, with these operations (L, E) or with the cheapest ones."""
+    table = all_patterns(space)
+    if operations is None:
+        operations = np.broadcast_to(cost.cells.argmin(axis=1), (space.num_blocks, space.num_edges))
+    cells = cost.cells[np.arange(space.num_edges), operations]  # (L, E)
+    first, last = _ends(space, cost)
+    chosen = best_path(space, -(cells @ table.active.T), first=-first, last=-last)
+    return cost.of(build_genotype(table.active[chosen], operations))
+
+
 def _too_small(
     parameters: ArchitectureParameters, cost: CostTable, limit: float, *, joint: bool, resolution: int
 ) -> Infeasible:
     """Say what the cheapest feasible network costs."""
-    space, operations = parameters.space, likeliest_operations(parameters)
-    table = all_patterns(space)
-    cheapest = np.broadcast_to(cost.cells.argmin(axis=1), operations.shape) if joint else operations
-    cells = cost.cells[np.arange(space.num_edges), cheapest]  # (L, E)
-    first, last = _ends(space, cost)
-    chosen = best_path(space, -(cells @ table.active.T), first=-first, last=-last)
-    least = cost.of(build_genotype(table.active[chosen], cheapest))
+    space = parameters.space
+    least = least_cost(space, cost, None if joint else likeliest_operations(parameters))
     if limit >= least:  # the grid rounds up: say what surely suffices
         least /= 1 - ((2 if joint else 1) * space.num_blocks + 2) / resolution
     return Infeasible(f"expected a budget of at least {least:.6g}, the cheapest feasible network, found {limit:.6g}")

@@ -40,6 +40,9 @@ def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, c
         DatasetError: `genotype-invalid` when the choice leads to no network.
         OutputError: a file cannot be written.
     """
+    draw_relaxation(
+        parameters, folder / "relaxation", title=f"likely edges and operations, sigma {recipe.search.sigma:g}"
+    )
     config, chosen = read_search_config(folder), choose(parameters, choice, recipe)
     about = (
         f"searched on the training part of fold {config.fold} of {config.recipe.task}, sigma {recipe.search.sigma:g}"
@@ -47,9 +50,6 @@ def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, c
     chosen = replace(chosen, genotype=chosen.genotype.model_copy(update={"about": about, "searched_fold": config.fold}))
     write_choice(folder, chosen)
     draw_architecture(chosen.genotype, folder / "architecture", title=chosen.genotype.source)
-    draw_relaxation(
-        parameters, folder / "relaxation", title=f"likely edges and operations, sigma {recipe.search.sigma:g}"
-    )
     return chosen
 
 
@@ -69,21 +69,31 @@ def report(
     folder: Path,
     found: Found,
     recipe: Recipe,
-    chosen: Chosen,
+    chosen: Chosen | None,
     *,
+    reason: str = "",
     progress: Progress = lambda done, total: None,
 ) -> GapTable:
     """Measure the discretisation gap of a search on its held-out cases, keep it, and write the report.
+
+    Args:
+        folder: of the search, concluded.
+        found: the finished search.
+        recipe: of the search.
+        chosen: the network; None where the choice led to none.
+        reason: why it led to none.
+        progress: called after every network that is measured.
 
     Raises:
         DatasetError: `case-invalid`, naming the case.
         OutputError: a file cannot be written.
     """
     decoded = all_decoded(found.network, chosen)
-    budget = TIGHT * actual_cost(chosen.genotype, recipe, "GMAC")
-    decoded[f"{WITHIN} {budget:.3g} GMAC"] = within_work(found.network, recipe, budget)
+    if chosen is not None:
+        budget = TIGHT * actual_cost(chosen.genotype, recipe, "GMAC")
+        decoded[f"{WITHIN} {budget:.3g} GMAC"] = within_work(found.network, recipe, budget)
     gap = measure_gap(found.network, decoded, found.parts.held_out, recipe, device=found.device, progress=progress)
     gap = keep_retrained(gap, folder)
     write_gap(folder, gap)
-    write_report(folder, chosen, gap)
+    write_report(folder, chosen, gap, reason=reason)
     return gap

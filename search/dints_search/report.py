@@ -10,14 +10,15 @@ import torch
 
 from dints_deploy.files import write_text
 from dints_search.choice import Chosen, deployed_setting
-from dints_search.cost import count_saved, time_forward
+from dints_search.cost import count_saved, memory_table, time_forward
 from dints_search.curves import draw_search_curves
 from dints_search.gap import GapRow, GapTable
 from dints_search.genotype import OPERATIONS, Genotype
-from dints_search.metrics import read_metrics
+from dints_search.metrics import Figures, read_metrics
 from dints_search.network import count_gmac
 from dints_search.profile import MIB, build, count
 from dints_search.recipe import Recipe
+from dints_search.search import least_share, search_setting
 from dints_search.search_run import SearchConfig, read_search_config
 from dints_search.space import SearchSpace
 
@@ -29,13 +30,14 @@ GAP_HEAD: Final = "## Discretisation gap\n"
 COURSE_HEAD: Final = "## Course\n"
 
 
-def write_report(folder: Path, chosen: Chosen, gap: GapTable | None = None) -> Path:
+def write_report(folder: Path, chosen: Chosen | None, gap: GapTable | None = None, *, reason: str = "") -> Path:
     """Write `report.md` and `curves.png` into a finished search's folder.
 
     Args:
         folder: with `config.toml`, `metrics.jsonl`, `architecture.png` and `relaxation.png`.
-        chosen: the genotype and, where there was a budget, what was predicted.
+        chosen: the genotype and, where there was a budget, what was predicted; None where the choice led to none.
         gap: without one the report says that it was not measured.
+        reason: why the choice led to none.
 
     Raises:
         DatasetError: the folder's configuration cannot be read. OutputError: a file cannot be written.
@@ -47,9 +49,11 @@ def write_report(folder: Path, chosen: Chosen, gap: GapTable | None = None) -> P
     parts = [
         f"# Search of {config.recipe.task}, sigma {config.recipe.search.sigma:g}\n",
         "Research use only.\n",
-        "![the network found](architecture.png)\n",
+        *(["![the network found](architecture.png)\n"] if chosen else []),
         "## Network\n",
-        _network(chosen, config.recipe),
+        _network(chosen, config.recipe) if chosen else f"None: {reason}.\n",
+        "## Memory\n",
+        _memory(chosen, config.recipe, lines),
         GAP_HEAD,
         "Not measured.\n" if gap is None else gap_text(gap),
         COURSE_HEAD,
@@ -136,6 +140,22 @@ def _network(chosen: Chosen, recipe: Recipe) -> str:
         )
         rows.append(["budget", f"{said} ({real / chosen.predicted - 1:+.1%})"])
     return _table(["", f"at channel multiplier {setting.channel_multiplier:g}"], rows)
+
+
+def _memory(chosen: Chosen | None, recipe: Recipe, lines: Sequence[Figures]) -> str:
+    """Say what share of the whole space's memory was aimed at, expected at the end, and is taken by the network."""
+    setting = search_setting(recipe)
+    table, space = memory_table(setting), setting.space
+    whole = table.whole(space.num_blocks)
+    usage = lines[-1].get("usage") if lines else None
+    rows = [
+        ["sigma", f"{recipe.search.sigma:.3f}"],
+        [f"expected by the search at its end ({recipe.search.memory} form)", "-" if usage is None else f"{usage:.3f}"],
+        ["network found", "-" if chosen is None else f"{table.of(chosen.genotype) / whole:.3f}"],
+        ["least of any network", f"{least_share(recipe):.3f}"],
+    ]
+    about = "Saved training activations, stems and head among them. Below the least, sigma has nothing to aim at.\n"
+    return _table(["", "share of the whole space"], rows) + "\n" + about
 
 
 def _configuration(config: SearchConfig) -> str:

@@ -69,7 +69,9 @@ class Searching(Strict):
     @model_validator(mode="after")
     def _precise(self) -> Searching:
         if self.unrolled and self.precision != "fp32":
-            raise ValueError(f"expected precision fp32 for an unrolled search, found {self.precision}")
+            raise ValueError(
+                f"expected precision fp32 for an unrolled search, found {self.precision}: give --precision fp32"
+            )
         return self
 
     @property

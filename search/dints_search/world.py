@@ -8,9 +8,12 @@ not the mean of the processes' Dices.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,6 +73,30 @@ class World:
         """Wait until every process is here."""
         if self.size > 1:
             distributed.barrier()
+
+
+@contextmanager
+def postponed_interrupt(world: World) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed, so that a step ends and its checkpoint is written first.
+
+    A second Ctrl-C ends at once. Of several processes each would stop at a step of its own: they are ended as ever.
+    """
+    if world.size > 1 or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = False
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def started() -> int:

@@ -119,10 +119,16 @@ def in_two_processes(machine: Machine, *words: object) -> str:
     return done.stdout
 
 
-def test_two_processes_search_as_one_with_the_doubled_batch(machine: Machine, alone: Path) -> None:
-    words = ["search", "--task", "tiny.toml", "--data", "task", "--out", "two", "--batch", 1, *SETTINGS]
-    in_two_processes(machine, *words)
-    two = machine.folder / "two"
+@pytest.mark.parametrize("order", [(), ("--unrolled", "--precision", "fp32")], ids=["first order", "unrolled"])
+def test_two_processes_search_as_one_with_the_doubled_batch(
+    machine: Machine, alone: Path, order: tuple[str, ...]
+) -> None:
+    words = ["search", "--task", "tiny.toml", "--data", "task", *SETTINGS, *order]
+    if order:
+        alone = machine.folder / "alone-unrolled"
+        assert machine.run(*words, "--out", alone.name).code == 0
+    two = machine.folder / f"two-{alone.name}"
+    in_two_processes(machine, *words, "--out", two.name, "--batch", 1)
     for one, other in zip(read_metrics(alone), read_metrics(two), strict=True):
         assert one.pop("phase") == other.pop("phase")
         one["seconds"] = other["seconds"] = 0

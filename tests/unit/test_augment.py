@@ -212,6 +212,10 @@ def test_a_change_of_intensity_changes_the_image_and_never_the_label(name: str) 
     assert torch.equal(image, before)
 
 
+WIDE = (0.3, 2.0)
+"""A range that no other setting's default covers, and that its inverse does not fit."""
+
+
 def two_channels() -> Tensor:
     """Return an image (2, I, J, K) whose channels have a mean and a scale of their own."""
     (one, _), (two, _) = (phantom(seed, (20, 18, 22)) for seed in (0, 1))
@@ -244,15 +248,15 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
 
 def test_brightness_multiplies_each_channel_by_a_number_drawn_from_its_range() -> None:
     factors = []
-    for before, after in before_and_after(only(brightness=1, brightness_range=(0.5, 1.6)), two_channels()):
+    for before, after in before_and_after(only(brightness=1, brightness_range=WIDE), two_channels()):
         factors.append(float((after * before).sum() / before.square().sum()))
         assert_close(after, before * factors[-1], 1e-4)
-    assert_drawn(factors, 0.5, 1.6)
+    assert_drawn(factors, *WIDE)
 
 
 def test_contrast_stretches_each_channel_about_its_mean_and_never_beyond_its_extremes() -> None:
     factors = []
-    for before, after in before_and_after(only(contrast=1, contrast_range=(0.5, 1.5)), two_channels()):
+    for before, after in before_and_after(only(contrast=1, contrast_range=WIDE), two_channels()):
         low, high = before.min(), before.max()
         assert low <= after.min()
         assert after.max() <= high
@@ -260,7 +264,7 @@ def test_contrast_stretches_each_channel_about_its_mean_and_never_beyond_its_ext
         was, now = (values - before.mean() for values in (before, after))
         factors.append(float((now * was)[free].sum() / was[free].square().sum()))
         assert_close(after, (was * factors[-1] + before.mean()).clamp(low, high), 1e-4)
-    assert_drawn(factors, 0.5, 1.5)
+    assert_drawn(factors, *WIDE)
 
 
 @pytest.mark.parametrize(("name", "sign"), [("gamma", 1), ("gamma_of_negative", -1)])
@@ -268,7 +272,7 @@ def test_gamma_raises_a_channel_or_its_negative_to_a_power_and_keeps_its_mean_an
     name: str, sign: int
 ) -> None:
     powers = []
-    for before, after in before_and_after(only(**{name: 1}, gamma_range=(0.4, 1.5)), two_channels()):
+    for before, after in before_and_after(only(**{name: 1}, gamma_range=WIDE), two_channels()):
         assert float(after.mean()) == pytest.approx(float(before.mean()), abs=1e-4)
         assert float(after.std()) == pytest.approx(float(before.std()), abs=1e-4)
         # a range of powers has 1 inside, so none can be asked for: it is read off the voxel in the middle of the range
@@ -276,7 +280,7 @@ def test_gamma_raises_a_channel_or_its_negative_to_a_power_and_keeps_its_mean_an
         middle = (was - 0.5).abs().argmin()
         powers.append(float(now.flatten()[middle].log() / was.flatten()[middle].log()))
         assert_close(now, was ** powers[-1], 1e-5)
-    assert_drawn(powers, 0.4, 1.5)
+    assert_drawn(powers, *WIDE)
 
 
 @pytest.mark.parametrize(("sigma", "radius"), [(0.3, 1), (0.4, 1), (0.7, 2), (1.0, 3), (1.7, 5)])

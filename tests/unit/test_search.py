@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.losses import DiceCELoss
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dints_deploy.catalog.dataset import Case
 from dints_deploy.errors import DatasetError, DintsError
 from dints_search.bilevel import next_sgd_step, unrolled_gradient, weights_step
+from dints_search.budget import least_cost
 from dints_search.checkpoint import load_checkpoint
 from dints_search.choice import Choice, check_choice, choose, deployed_setting
 from dints_search.cost import memory_table, work_table
 from dints_search.fits import check_search_fits
+from dints_search.genotype import Genotype
 from dints_search.losses import memory_usage, pattern_entropy, topology_loss
 from dints_search.metrics import read_metrics, rewind
 from dints_search.search import search_setting
 from dints_search.search_run import read_architecture, read_search_config, split_training, with_search
 from dints_search.searching import Searching
 from dints_search.segmentation_loss import segmentation_loss
-from dints_search.space import ArchitectureParameters, SearchSpace
+from dints_search.space import ArchitectureParameters, SearchSpace, build_genotype
 from dints_search.supernet import Supernet
 from tests.tiny_task import die_at, search_tiny, tiny_search_recipe, train_apart, write_task
 
@@ -351,11 +357,38 @@ def test_a_budget_that_is_too_small_names_one_that_suffices_in_the_users_unit(tm
         {"decoder": "best"},
         {"max_gmac": 1.0, "max_memory": 1.0},
         {"max_latency": 0.0},
+        {"max_gmac": math.nan},
+        {"max_memory": math.inf},
         {"max_gmac": 1.0, "decoder": "darts"},
         {"joint": True},
     ],
 )
-def test_a_contradictory_wish_is_refused(wish: dict[str, Any]) -> None:
+def test_a_contradictory_wish_is_refused(wish: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DintsError) as caught:
-        check_choice(Choice(**wish))
+        check_choice(Choice(**wish), tiny_search_recipe(tmp_path))
     assert caught.value.code == "usage"
+
+
+def test_a_budget_below_every_network_is_refused_before_the_search_and_one_that_fits_is_not(tmp_path: Path) -> None:
+    recipe, space = tiny_search_recipe(tmp_path), SearchSpace(2, 2)
+    assert (recipe.search.num_blocks, recipe.search.num_depths) == (2, 2)
+    cost = work_table(deployed_setting(recipe, space))
+    operations = cost.cells.argmin(axis=1)
+    rows = itertools.product(*[[row for row in itertools.product((0, 1), repeat=4) if any(row)]] * 2)
+    feasible = (g for active in rows if (g := one_with(np.array(active), operations)) is not None)
+    least = min(cost.of(genotype) for genotype in feasible)
+    assert least_cost(space, cost) == pytest.approx(least)
+    with pytest.raises(DatasetError, match=f"at least {least:.6g}"):
+        check_choice(Choice(max_gmac=0.99 * least), recipe)
+    check_choice(Choice(max_gmac=1.01 * least, joint=True), recipe)
+
+
+def one_with(active: NDArray[np.int64], operations: NDArray[np.int64]) -> Genotype | None:
+    """Return the network of these edges (L, E), None where a node is left without an entry or an exit."""
+    space = SearchSpace(2, 2)
+    for before, after in itertools.pairwise(active):
+        entered = {space.edges[e].out_level for e in np.flatnonzero(before)}
+        left = {space.edges[e].in_level for e in np.flatnonzero(after)}
+        if entered != left:
+            return None
+    return build_genotype(active, np.broadcast_to(operations, active.shape), source="by hand")
