@@ -25,7 +25,6 @@ from dints_search.cost import Setting, memory_table
 from dints_search.draw import architecture_figure, save_figure
 from dints_search.gap import INHERITED, RETRAINED, SEARCH_NETWORK, WITHIN, GapTable
 from dints_search.genotype import parse_genotype
-from dints_search.recipe import find_recipe
 from dints_search.space import SearchSpace
 
 RECORDS = ROOT / "docs" / "results"
@@ -214,15 +213,15 @@ def _networks(records: Sequence[Record]) -> str:
 
 
 def _shares(record: Record) -> tuple[float, float]:
-    """Return which share of the memory of the whole space a network takes, and the cheapest one of the space."""
+    """Return which share of the memory of the whole space a network takes, and the cheapest one of the space.
+
+    For scans of one channel: what the input takes beside the features hardly shows.
+    """
     genotype, settings = parse_genotype(json.dumps(record.genotype)), record.settings
     space = SearchSpace(genotype.num_blocks, genotype.num_depths)
-    channels = len(find_recipe(record.task).channels)
     width = settings["retraining"]["channel_multiplier"]
     i, j, k = settings["window"]
-    table = memory_table(
-        Setting(space, (i, j, k), channels, len(record.labels) + 1, channel_multiplier=width, up=genotype.up)
-    )
+    table = memory_table(Setting(space, (i, j, k), 1, len(record.labels) + 1, channel_multiplier=width, up=genotype.up))
     whole = table.whole(space.num_blocks)
     return table.of(genotype) / whole, least_cost(space, table) / whole
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -126,17 +125,21 @@ def progress(title: str) -> Iterator[Bar]:
 
 
 def _plain(title: str) -> Bar:
-    begun = last = time.monotonic()
-    first: int | None = None
+    last = time.monotonic()
+    first: tuple[int, float] | None = None  # what is done before counts for nothing: a resumed run, reading the cases
 
     def line(done: int, total: int, note: str = "") -> None:
         nonlocal last, first
         now = time.monotonic()
-        first = done if first is None else first
+        first = first or (done, now)
         if now - last >= PLAIN_LINE_SECONDS:
             last = now
-            rest = (now - begun) / (done - first) * (total - done) if done > first else math.nan
-            left = "" if math.isnan(rest) else f", {timedelta(seconds=round(rest))} left"
+            more = done - first[0]
+            left = (
+                f", {timedelta(seconds=round((now - first[1]) / more * (total - done)))} left"
+                if total > done and more
+                else ""
+            )
             sys.stderr.write(f"{title}: {done} of {total}{left}{', ' if note else ''}{note}\n")
 
     return line

@@ -43,14 +43,14 @@ def crossval_command(
         with needs_search_extra("crossval"):
             import torch
 
-            from dints_search.crossval import crossval
+            from dints_search.crossval import crossval, measured_folds
             from dints_search.genotype import read_genotype
             from dints_search.recipe import find_recipe, override, with_steps
         if threads is not None:
             torch.set_num_threads(threads)
         recipe = with_steps(override(find_recipe(task), settings or []), steps)
-        folds, network = fold or list(range(FOLDS)), read_genotype(genotype)
-        note_search(network, folds)
+        folds, network = sorted(set(fold or range(FOLDS))), read_genotype(genotype)
+        note_search(network, sorted({*folds, *measured_folds(out)}))
         with progress("crossval") as bar:
             result = crossval(
                 recipe,

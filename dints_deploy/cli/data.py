@@ -65,6 +65,10 @@ def plan_command(
         str | None, typer.Option(help="Start from this task's recipe: its labels, codes and words stay.")
     ] = None,
     max_memory: Annotated[str, typer.Option(help="Activations that a training step may keep, such as 8G.")] = "8G",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="With --task: NAME=VALUE of its recipe, such as dataset.labels=[...]."),
+    ] = None,
     channels: Annotated[float, typer.Option(min=1 / 32, help="Channel multiplier of the network.")] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,21 +78,27 @@ def plan_command(
     """
     with failing(as_json):
         with needs_search_extra("data plan"):
+            from dints_search.dataset import check_dataset
             from dints_search.fingerprint import fingerprint
             from dints_search.plan import plan, write_plan
-            from dints_search.recipe import find_recipe
+            from dints_search.recipe import find_recipe, override
         memory_bytes = parse_bytes(max_memory)
         if not memory_bytes:
             raise UsageError("usage", f"expected --max-memory SIZE above 0, such as 8G, found {max_memory}")
         if output.exists():
             raise UsageError("usage", f"expected no {output} yet: it may hold your changes; choose another with -o")
+        if settings and not task:
+            raise UsageError("usage", "expected --set with --task: edit the recipe that is written")
         dataset = read_dataset(folder)
+        start = override(find_recipe(task), settings or []) if task else None
+        if start is not None:
+            check_dataset(dataset, start)
         with progress("fingerprint") as bar:
             measured = fingerprint(dataset, progress=bar)
         recipe, reasons = plan(
             dataset,
             measured,
-            start=find_recipe(task) if task else None,
+            start=start,
             memory_bytes=memory_bytes,
             channel_multiplier=channels,
         )

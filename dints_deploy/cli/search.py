@@ -46,19 +46,11 @@ def search_command(
     memory: Annotated[str | None, typer.Option(help="Form of the memory loss: measured or reference.")] = None,
     unrolled: Annotated[bool, typer.Option("--unrolled", help="DARTS's second-order step, in fp32.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the network: on a CPU minutes for each block.")
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile; on a CPU minutes a block.")] = False,
     decode: Annotated[str, typer.Option(help="dints, block, darts or single-path.")] = "dints",
-    max_gmac: Annotated[
-        float | None, typer.Option(help="Budget of the network that is retrained: 10^9 multiply-adds of a window.")
-    ] = None,
-    max_memory: Annotated[
-        float | None, typer.Option(help="Budget of it: MiB of activations that training on a window keeps, fp32.")
-    ] = None,
-    max_latency: Annotated[
-        float | None, typer.Option(help="Budget of it: ms of a window on this machine's CPU, torch, fp32.")
-    ] = None,
+    max_gmac: Annotated[float | None, typer.Option(help="Budget, retrained: 10^9 multiply-adds of a window.")] = None,
+    max_memory: Annotated[float | None, typer.Option(help="Budget, retrained: MiB that training keeps, fp32.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Budget, retrained: ms on this CPU, torch, fp32.")] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Let the budget choose operations too.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe, such as search.architecture_rate=0.01.")
@@ -98,7 +90,9 @@ def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, **options: An
     """Search and conclude; None in a process that does not write."""
     from dints_search.choice import check_choice
     from dints_search.conclude import conclude, report
+    from dints_search.fits import check_search_fits
     from dints_search.search import least_share, search
+    from dints_search.world import leads
 
     def show(bar: Bar, done: int, figures: dict[str, float | str]) -> None:
         wanted = ("loss", "L_seg", "L_alpha", "L_eta", "L_tp", "L_m", "usage")
@@ -106,23 +100,26 @@ def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, **options: An
         note = " ".join(f"{names.get(name, name)} {figures[name]:.3g}" for name in wanted if name in figures)
         bar(done, recipe.search.steps, note)
 
+    check_search_fits(recipe)
     check_choice(choice, recipe)
-    if recipe.search.memory == "measured" and recipe.search.sigma < (least := least_share(recipe)):
+    if leads() and recipe.search.memory == "measured" and recipe.search.sigma < (least := least_share(recipe)):
         say_note(f"note: no network takes less than {least:.3f} of the space's memory: sigma is below that")
     with resumable(), progress("search") as bar:
         found = search(recipe, read_dataset(data), out, report=partial(show, bar), **options)
     if not found.writes:
         return None
-    chosen, refusal = None, None
     try:
         chosen = conclude(out, found.network.architecture, recipe, choice)
-    except DatasetError as error:
-        refusal = error
-    with progress("measure the gap") as measured:
-        report(out, found, recipe, chosen, reason=refusal.message if refusal else "", progress=measured)
-    if refusal:
+    except DatasetError as refusal:
+        if refusal.code != "genotype-invalid":
+            raise
+        if not (out / "genotype.json").exists():  # else the report is of that one
+            with progress("measure the gap") as measured:
+                report(out, found, recipe, None, reason=refusal.message, progress=measured)
         again = f"{refusal.message}. The search is kept in {out}: repeat the command with --resume"
         raise DatasetError(refusal.code, again) from refusal
+    with progress("measure the gap") as measured:
+        report(out, found, recipe, chosen, progress=measured)
     return chosen
 
 

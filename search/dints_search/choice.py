@@ -95,7 +95,7 @@ def choose(parameters: ArchitectureParameters, choice: Choice, recipe: Recipe) -
     """Return the genotype of a search that a choice leads to.
 
     Raises:
-        DatasetError: `genotype-invalid` when the decoder leads to no network, or none keeps the budget.
+        DatasetError: `genotype-invalid` when the decoder leads to none, or none keeps the budget.
     """
     budgets = _budgets(choice)
     if not budgets:

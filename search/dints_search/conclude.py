@@ -37,7 +37,7 @@ def conclude(folder: Path, parameters: ArchitectureParameters, recipe: Recipe, c
     The genotype says which fold it was searched on: it has no unbiased score on the cases of that training part.
 
     Raises:
-        DatasetError: `genotype-invalid` when the choice leads to no network.
+        DatasetError: `genotype-invalid` when the choice leads to none; what was chosen before stays.
         OutputError: a file cannot be written.
     """
     draw_relaxation(

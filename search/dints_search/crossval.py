@@ -16,7 +16,7 @@ from dints_deploy.catalog.dataset import FOLDS, Dataset
 from dints_deploy.catalog.entry import Label
 from dints_deploy.errors import UsageError
 from dints_deploy.files import write_text
-from dints_search.dataset import check_accepted
+from dints_search.dataset import check_accepted, check_dataset
 from dints_search.evaluate import evaluate_run
 from dints_search.genotype import Genotype
 from dints_search.recipe import Recipe
@@ -87,9 +87,10 @@ def crossval(
         )
     for fold in folds:
         dataset.fold(fold)  # refuses one that does not exist before another is trained
+    check_dataset(dataset, recipe)
     check_accepted(dataset.cases, recipe)
-    evaluations = {}
-    for fold in sorted({*folds, *_measured(out)}):
+    done, evaluations = measured_folds(out), {}
+    for fold in [*done, *(fold for fold in folds if fold not in done)]:  # refusals first: they take no time
         run = out / f"fold{fold}"
 
         def step(done: int, loss: float, rate: float, fold: int = fold) -> None:
@@ -103,12 +104,12 @@ def crossval(
             _, evaluation = evaluate_run(run, dataset, fold, device=device)
             write_text(run / EVALUATION, json.dumps(evaluation.as_dict(), indent=1) + "\n")
         evaluations[fold] = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
-    result = sum_up(evaluations, recipe.labels)
+    result = sum_up(dict(sorted(evaluations.items())), recipe.labels)
     write_text(out / SUMMARY, json.dumps(result.as_dict(), indent=1) + "\n")
     return result
 
 
-def _measured(out: Path) -> list[int]:
+def measured_folds(out: Path) -> list[int]:
     """Return the folds that are trained and measured already."""
     return [n for n in range(FOLDS) if all((out / f"fold{n}" / name).exists() for name in (WEIGHTS, EVALUATION))]
 

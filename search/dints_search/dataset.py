@@ -100,8 +100,9 @@ def check_accepted(cases: Sequence[Case], recipe: Recipe) -> None:
         try:
             check_grid(read_grid(case.image), recipe.task, recipe.accepts, recipe.geometry)
         except ScanRefused as refusal:
-            message = f"case {case.id}: {refusal.message}, or --set what [accepts] of the recipe says"
-            raise DatasetError("case-invalid", message) from refusal
+            bounds = refusal.code in ("scan-shape", "scan-spacing", "scan-extent")
+            more = ", or --set what [accepts] of the recipe says" if bounds else ""
+            raise DatasetError("case-invalid", f"case {case.id}: {refusal.message}{more}") from refusal
 
 
 def check_classes(cases: Sequence[TrainingCase], labels: dict[int, str]) -> None:

@@ -1,7 +1,7 @@
 """Download a task of the Medical Segmentation Decathlon: MONAI's list of addresses and checksums, verified, unpacked.
 
 Nothing is left behind but the verified task: the archive is unpacked beside its place and moved there as a whole. Where
-the connection breaks, what came is kept, hidden, and the next call goes on from there: the largest task has 27 GB.
+the connection breaks, or the disk is full, what came is kept, hidden, and the next call goes on from there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -80,15 +79,14 @@ def fetch(
     archive = out / f".{name}.tar.part"
     try:
         _download(known[name], archive, progress)
-        with _removed_after(archive), tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as work:
-            _check_digest(archive, known[name])
-            _unpack(archive, Path(work))
-            read_dataset(Path(work) / name)
-            shutil.move(Path(work) / name, target)
+        try:
+            _install(archive, known[name], target)
+        except DatasetError:
+            archive.unlink()  # it is not what was published
+            raise
+        archive.unlink()
     except OSError as error:
-        archive.unlink(missing_ok=True)  # on a full disk it would only be in the way
         raise output_error(target, error) from error
-    sync_folder(out)
     return target
 
 
@@ -102,16 +100,18 @@ def _download(source: Source, archive: Path, progress: Progress) -> None:
                 file.write(chunk)
                 progress(start + len(chunk), total)
     finally:
-        if not archive.stat().st_size:
+        if archive.exists() and not archive.stat().st_size:
             archive.unlink()
 
 
-@contextmanager
-def _removed_after(path: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+def _install(archive: Path, source: Source, target: Path) -> None:
+    """Check an archive and put the task that it holds in its place, as a whole."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as work:
+        _check_digest(archive, source)
+        _unpack(archive, Path(work))
+        read_dataset(Path(work) / target.name)
+        shutil.move(Path(work) / target.name, target)
+    sync_folder(target.parent)
 
 
 def _check_digest(archive: Path, source: Source) -> None:
@@ -142,7 +142,7 @@ def _chunks(url: str, start: int) -> Iterator[tuple[bytes, int, int]]:
                 done += len(chunk)
             if done < total:
                 raise ConnectionError(f"the connection ended after {done} of {total} bytes, call again to go on")
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # of the network: nothing is written here
         reason = getattr(error, "reason", error)
         if isinstance(error, urllib.error.HTTPError):
             error.close()

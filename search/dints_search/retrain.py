@@ -116,7 +116,8 @@ def retrain(
     check_fits(recipe, genotype.num_depths)
     check_dataset(dataset, recipe)
     training = tuple(case for case in dataset.fold(fold)[0] if case.id not in without)
-    check_accepted(training, recipe)
+    if not (folder / "config.toml").exists():  # a run that was begun goes on as it was
+        check_accepted(training, recipe)
     with joined(device) as (world, place):
         config = configure(recipe, genotype, training, fold=fold, seed=seed, processes=world.size)
         config = config.model_copy(update=_schooling(origin, teachers, config.cases))

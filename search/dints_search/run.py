@@ -91,6 +91,10 @@ def check_run(folder: Path, config: RunConfig, *, resume: bool) -> RunConfig:
         DatasetError: `run-mismatch` when something else is there already.
     """
     if not (folder / "config.toml").exists():
+        if (folder / WEIGHTS).exists():
+            raise DatasetError(
+                "run-mismatch", f"expected {folder} to say how its weights were trained: choose another --out"
+            )
         return config
     kept = read_config(folder)
     if not kept.labels:

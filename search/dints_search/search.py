@@ -113,7 +113,8 @@ def search(
     check_search_fits(recipe)
     check_dataset(dataset, recipe)
     training, _ = dataset.fold(fold)
-    check_accepted(training, recipe)
+    if not (folder / "config.toml").exists():  # a search that was begun goes on as it was
+        check_accepted(training, recipe)
     parts = split_training(training, seed=seed, held_out=recipe.search.held_out)
     with joined(device) as (world, place):
         check_precision(recipe.search.precision, place)

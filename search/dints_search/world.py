@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,23 +81,27 @@ def postponed_interrupt(world: World) -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C was pressed, so that a step ends and its checkpoint is written first.
 
     A second Ctrl-C ends at once. Of several processes each would stop at a step of its own: they are ended as ever.
+    Nothing is postponed where the program handles it in its own way, or ignores it, as in the background of a script.
     """
-    if world.size > 1 or threading.current_thread() is not threading.main_thread():
+    alone = world.size == 1 and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield lambda: False
         return
-    pressed = False
+    pressed, process = False, os.getpid()
 
     def press(signum: int, frame: FrameType | None) -> None:
         nonlocal pressed
         if pressed:
             raise KeyboardInterrupt
         pressed = True
+        if os.getpid() == process:  # a worker that was forked has this handler too
+            os.write(sys.stderr.fileno(), b"ending after this step; Ctrl-C again ends at once\n")
 
-    before = signal.signal(signal.SIGINT, press)
+    signal.signal(signal.SIGINT, press)
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def started() -> int:

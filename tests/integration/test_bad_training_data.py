@@ -183,7 +183,9 @@ def test_the_data_of_another_task_are_refused_until_a_person_says_that_the_names
     said = run_cli("data", "plan", place / "task", "--task", recipe, "-o", place / "plan.toml")
     in_one_line(said, "dataset-invalid", "CT", "MRI")
     assert not (place / "plan.toml").exists()
-    assert retrain(place, "--set", 'dataset.modality=["MRI"]').code == 0
+    mended = ("--set", 'dataset.modality=["MRI"]')
+    assert run_cli("data", "plan", place / "task", "--task", recipe, "-o", place / "plan.toml", *mended).code == 0
+    assert retrain(place, *mended).code == 0
 
 
 def test_a_case_that_the_network_will_refuse_is_named_before_anything_is_computed(place: Path) -> None:

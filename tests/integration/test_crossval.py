@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import statistics
 import tarfile
 import zipfile
@@ -116,6 +117,18 @@ def test_what_a_later_fold_would_refuse_is_refused_before_another_is_trained(pla
     said = run_cli(*words, "--set", "accepts.extent_max=[13.5,20,20]")
     assert (said.code, "[case-invalid]" in said.err, "ball_000" in said.err) == (1, True, True)
     assert not (place / "other").exists()
+
+
+def test_a_finished_fold_of_another_seed_is_refused_before_a_new_one_is_trained(place: Path) -> None:
+    shutil.copytree(place / "cv" / "fold3", place / "mixed" / "fold3")
+    task = ["--genotype", place / "genotype.json", "--task", place / "recipe.toml", "--data", place / "task"]
+    said = run_cli("crossval", *task, "--out", place / "mixed", "--fold", 0, "--seed", 1)
+    assert (said.code, "[run-mismatch]" in said.err) == (1, True)
+    assert not (place / "mixed" / "fold0").exists()
+    (place / "bare").mkdir()
+    shutil.copyfile(place / "cv" / "fold3" / "weights.safetensors", place / "bare" / "weights.safetensors")
+    said = run_cli("retrain", *task, "--out", place / "bare", "--resume")
+    assert (said.code, "[run-mismatch]" in said.err) == (1, True)
 
 
 def test_another_configuration_does_not_continue_the_folds(place: Path) -> None:

@@ -28,6 +28,16 @@ with progress("search") as bar:
         import time; time.sleep(0.1)
 """
 
+BAR_IN_A_LOG = """
+import time
+from dints_deploy.cli import console
+with console.progress("search") as bar:
+    time.sleep(10.1)
+    for step in range(1, 530):
+        bar(step, TOTAL)
+        time.sleep(0.02)
+"""
+
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
@@ -59,6 +69,19 @@ def test_a_wish_that_leads_to_no_network_leaves_the_search_and_its_report(machin
     assert (run / "metrics.jsonl").read_bytes() == before
     report = (run / "report.md").read_text(encoding="utf-8")
     assert ("None:" in report, "![the network found](architecture.png)" in report) == (False, True)
+
+
+def test_an_unmet_wish_leaves_the_network_that_was_found_before_and_its_report(machine: Machine) -> None:
+    assert machine.run(*search("--steps", 2)).code == 0
+    kept = {name: (machine.folder / "run" / name).read_bytes() for name in ("genotype.json", "report.md")}
+    assert machine.run(*search("--steps", 2, "--resume", "--max-latency", 1e-6)).code == 1
+    assert {name: (machine.folder / "run" / name).read_bytes() for name in kept} == kept
+
+
+@pytest.mark.parametrize("words", [("--window", "13,13,13"), ("--depths", 5), ("--depths", 5, "--max-gmac", 1)])
+def test_a_window_that_does_not_fit_is_told_in_one_line(machine: Machine, words: tuple[object, ...]) -> None:
+    said = machine.run(*search(*words, "--memory", "measured"))
+    assert (said.code, said.err.count("\n"), "[recipe-invalid]" in said.err) == (1, 1, True), said.err
 
 
 def test_a_budget_that_no_network_keeps_is_told_before_the_search(machine: Machine) -> None:
@@ -98,12 +121,30 @@ def interrupted_after(machine: Machine, steps: int, *words: str) -> list[float |
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the workers too
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "interrupted: the same command goes on from the last checkpoint with --resume\n" in said
+    told = ["ending after this step; Ctrl-C again ends at once"]
+    told += ["interrupted: the same command goes on from the last checkpoint with --resume"]
+    assert said.splitlines() == told
     assert "Traceback" not in said
     run = machine.folder / "run"
     found = [line["step"] for line in read_metrics(run)]
     assert load_checkpoint(run / "checkpoint.pt", read_search_config(run).digest())["step"] == found[-1]
     return found
+
+
+def test_a_log_tells_the_time_left_by_the_steps_alone_and_only_where_it_is_known() -> None:
+    """Ten seconds pass before the first step, which say nothing of how long a step takes."""
+    wanted = {
+        "1000": r"search: 1 of 1000\nsearch: \d+ of 1000, 0:00:\d\d left\n",
+        "0": r"search: 1 of 0\nsearch: \d+ of 0\n",
+    }
+    runs = {
+        total: subprocess.Popen(
+            [sys.executable, "-c", BAR_IN_A_LOG.replace("TOTAL", total)], stderr=subprocess.PIPE, text=True
+        )
+        for total in wanted
+    }
+    for total, run in runs.items():
+        assert re.fullmatch(wanted[total], said := run.communicate()[1]), said
 
 
 def test_a_terminal_of_80_columns_shows_the_bar_the_count_the_time_left_and_every_loss() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -190,10 +191,38 @@ def test_the_ten_tasks_are_found_by_number_and_name() -> None:
     assert run_cli("data", "fetch", "kidney").code == 2
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(served: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_keeps_what_came(served: tuple[Path, str], tmp_path: Path) -> None:
     sources = source(served, packed(write_task(tmp_path / "task", 1)))
     with full_disk(4096), pytest.raises(DintsError) as caught:
         fetch("balls", tmp_path / "out", sources=sources)
     assert caught.value.code == "disk-full"
-    assert not list((tmp_path / "out").iterdir())
     assert not isinstance(caught.value, DatasetError)
+    assert [(path.name, path.stat().st_size) for path in (tmp_path / "out").iterdir()] == [(f".{TASK}.tar.part", 4096)]
+    assert fetch("balls", tmp_path / "out", sources=sources).is_dir()
+    assert Quiet.asked[-1] == "bytes=4096-"
+    with pytest.raises(DintsError) as caught:
+        fetch("balls", Path("/proc"), sources=sources)
+    assert caught.value.code == "output-unwritable"
+
+
+def test_a_network_that_fails_in_a_way_of_its_own_costs_nothing_that_came(tmp_path: Path) -> None:
+    """A server that speaks no HTTP after some bytes: not a broken connection, but no answer either."""
+    (tmp_path / "out").mkdir()
+    part = tmp_path / "out" / f".{TASK}.tar.part"
+    part.write_bytes(b"what came before")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.listen()
+
+        def babble() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"\0" * 70_000)
+
+        answer = threading.Thread(target=babble)
+        answer.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/task.tar"
+        with pytest.raises(DatasetError) as caught:
+            fetch("balls", tmp_path / "out", sources={TASK: Source(url, "")})
+        answer.join()
+    assert caught.value.code == "fetch-failed"
+    assert part.read_bytes() == b"what came before"

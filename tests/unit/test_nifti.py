@@ -232,6 +232,13 @@ def test_a_header_with_any_bytes_changed_gives_a_volume_or_a_named_refusal(
         assert read_grid(path).same_as(volume.grid)  # the header alone says as much
 
 
+SOUND_HEADERS = {
+    *("voxels-cut-before-packing", "gzip-bomb", "two-megabytes-behind-the-voxels"),
+    *("complex64", "complex128", "colour"),
+}
+"""Of the broken files those whose header is not to blame."""
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_grid_is_read_of_what_has_one_and_else_refused_as_the_whole_file_is(name: str, tmp_path: Path) -> None:
     build, code = BROKEN[name]
@@ -242,8 +249,7 @@ def test_a_grid_is_read_of_what_has_one_and_else_refused_as_the_whole_file_is(na
         read_grid(path)
     except ScanRefused as refusal:
         found = refusal.code
-    of_voxels = code in ("scan-truncated", "scan-gzip", "scan-too-large", "scan-datatype", "scan-format")
-    assert found == code or (found is None and of_voxels)
+    assert found == (None if name in SOUND_HEADERS else code)
 
 
 @settings(max_examples=100, deadline=None)
