@@ -45,6 +45,11 @@ killed afterwards; every revision of a study has one current result at every des
 with the same bytes; nothing stays stuck without a reason code; the audit trail has no gap. What is not: a disk that
 loses what it said was written; damage within a row's text, which SQLite's check of its pages does not see.
 """,
+    "accuracy": f"""# Accuracy, measured
+
+{MADE} How an entry is trained is
+told in [train.md](train.md); searched networks beside random ones are in [results.md](results.md). Research use only.
+""",
     "images": f"""# Installations, measured
 
 {MADE} How they are built and run
