@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,11 @@ from tests.tiny_entry import Fields, entry_fields, threshold_network, write_entr
 REFUSED, FAILED, USAGE = 3, 1, 2
 THRESHOLD = 500.0
 CROP = {"extent_min": [8] * 3, "extent_max": [90] * 3, "spacing_max": [2] * 3, "shape_min": [8] * 3}
+
+
+def default_interrupt() -> None:
+    """Undo what a shell does to what it starts in the background, the tests perhaps: it ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import tomli_w
 from dints_search.checkpoint import load_checkpoint
 from dints_search.metrics import read_metrics
 from dints_search.search_run import read_search_config
-from tests.command import Machine
+from tests.command import Machine, default_interrupt
 from tests.tiny_task import tiny_search_recipe, write_task
 
 BAR = """
@@ -114,12 +114,16 @@ def interrupted_after(machine: Machine, steps: int, *words: str) -> list[float |
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=default_interrupt,
     )
     history = machine.folder / "run" / "metrics.jsonl"
     while process.poll() is None and not (history.exists() and history.read_bytes().count(b"\n") >= steps):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the workers too
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode != 0
     told = ["ending after this step; Ctrl-C again ends at once"]
     told += ["interrupted: the same command goes on from the last checkpoint with --resume"]

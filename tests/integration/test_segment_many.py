@@ -28,7 +28,17 @@ from dints_deploy.runtime.engine import MOST_PER_CALL
 from dints_deploy.runtime.memory import Plan
 from dints_deploy.runtime.rss import resident_bytes
 from dints_deploy.runtime.sessions import WarmSessions, windows_per_call
-from tests.command import FAILED, REFUSED, Machine, files, good_scan, three_entries, values, write_scan
+from tests.command import (
+    FAILED,
+    REFUSED,
+    Machine,
+    default_interrupt,
+    files,
+    good_scan,
+    three_entries,
+    values,
+    write_scan,
+)
 from tests.tiny_entry import entry_fields, model, random_network, random_scan, scan_file, write_entry
 
 
@@ -204,11 +214,6 @@ def test_a_memory_limit_is_kept_in_blocks_with_the_same_labels(tmp_path: Path) -
     assert len(plans[0].blocks) == 1 < len(plans[1].blocks)
     assert plans[1].again > 0
     assert bytes_written[0] == bytes_written[1]
-
-
-def default_interrupt() -> None:
-    """Undo what a shell does to what it starts in the background, the tests perhaps: it ignores Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
