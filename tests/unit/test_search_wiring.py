@@ -246,3 +246,19 @@ def test_an_iteration_with_checkpointing_keeps_less_for_the_same_figures(tmp_pat
     assert [figure.pop("phase") for figure in figures] == ["search", "search"]
     assert figures[1] == pytest.approx(figures[0], rel=1e-5)
     assert kept[1] < 0.5 * kept[0]
+
+
+# torch 2.13 does it itself while it translates
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_a_translated_network_takes_the_same_two_iterations(tmp_path: Path) -> None:
+    """By torch.compile's front and its gradients, which is all but the generated code: that takes minutes on a CPU."""
+    recipe = tiny_search_recipe(tmp_path, warmup=0.0)
+    figures = []
+    for compiled in (False, True):
+        state = begin(recipe)
+        if compiled:
+            state.network.compile(backend="aot_eager")
+        figures.append([one_iteration(state, recipe) for _ in range(2)])
+    for eager, translated in zip(*figures, strict=True):
+        assert eager.pop("phase") == translated.pop("phase") == "search"
+        assert translated == pytest.approx(eager, rel=1e-5)
