@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -20,8 +21,8 @@ from benchmarks.arms import TOLERANCE, Record, read_record
 from benchmarks.bootstrap import LEVEL, RESAMPLES, Interval, paired_interval
 from benchmarks.machine import ROOT
 from dints_deploy.files import write_text
-from dints_search.budget import least_cost
-from dints_search.cost import Setting, memory_table
+from dints_search.budget import least_share
+from dints_search.cost import CostTable, Setting, memory_table
 from dints_search.draw import architecture_figure, save_figure
 from dints_search.gap import INHERITED, RETRAINED, SEARCH_NETWORK, WITHIN, GapTable
 from dints_search.genotype import parse_genotype
@@ -193,6 +194,7 @@ def _setting(records: Sequence[Record]) -> str:
 
 
 def _networks(records: Sequence[Record]) -> str:
+    shares = {record.arm: _shares(record) for record in records}
     columns: dict[str, Callable[[Record], str]] = {
         "network": lambda r: r.arm,
         "edges": lambda r: str(sum(map(sum, r.genotype["edge_active"]))),
@@ -202,9 +204,9 @@ def _networks(records: Sequence[Record]) -> str:
         "search min": lambda r: _minutes(r.search_s),
         "retraining min": lambda r: _minutes(r.retrain_s),
         "draws": lambda r: "-" if r.draws is None else str(r.draws),
-        "share of the space": lambda r: f"{_shares(r)[0]:.2f}",
+        "share of the space": lambda r: f"{shares[r.arm][0]:.2f}",
     }
-    least = min(_shares(record)[1] for record in records)
+    least = min(shares[record.arm][1] for record in records)
     about = (
         "The last column is what sigma aims at: the saved activations, stems and head among them, as a share of the "
         f"whole space's. No network takes less than {least:.2f}.\n"
@@ -221,9 +223,17 @@ def _shares(record: Record) -> tuple[float, float]:
     space = SearchSpace(genotype.num_blocks, genotype.num_depths)
     width = settings["retraining"]["channel_multiplier"]
     i, j, k = settings["window"]
-    table = memory_table(Setting(space, (i, j, k), 1, len(record.labels) + 1, channel_multiplier=width, up=genotype.up))
-    whole = table.whole(space.num_blocks)
-    return table.of(genotype) / whole, least_cost(space, table) / whole
+    table, least = _memory(
+        Setting(space, (i, j, k), 1, len(record.labels) + 1, channel_multiplier=width, up=genotype.up)
+    )
+    return table.of(genotype) / table.whole(space.num_blocks), least
+
+
+@cache
+def _memory(setting: Setting) -> tuple[CostTable, float]:
+    """Return what the pieces of a space's networks take, and its least share: the same for most records."""
+    table = memory_table(setting)
+    return table, least_share(setting.space, table)
 
 
 def _scores(records: Sequence[Record]) -> str:

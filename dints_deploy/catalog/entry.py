@@ -22,6 +22,7 @@ RESEARCH_USE: Final = "Research use only. Not a medical device; not for diagnosi
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9.-]{0,63}$"
 
 Axis = Literal["i", "j", "k"]
+AXES: Final[tuple[Axis, Axis, Axis]] = ("i", "j", "k")
 Colour = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
 ]

@@ -88,10 +88,11 @@ def search_command(
 
 def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, **options: Any) -> Chosen | None:
     """Search and conclude; None in a process that does not write."""
+    from dints_search.budget import least_share
     from dints_search.choice import check_choice
     from dints_search.conclude import conclude, report
     from dints_search.fits import check_search_fits
-    from dints_search.search import least_share, search
+    from dints_search.search import cost_table, search, search_setting
     from dints_search.world import leads
 
     def show(bar: Bar, done: int, figures: dict[str, float | str]) -> None:
@@ -102,8 +103,10 @@ def _search(recipe: Recipe, choice: Choice, data: Path, out: Path, **options: An
 
     check_search_fits(recipe)
     check_choice(choice, recipe)
-    if leads() and recipe.search.memory == "measured" and recipe.search.sigma < (least := least_share(recipe)):
-        say_note(f"note: no network takes less than {least:.3f} of the space's memory: sigma is below that")
+    if leads() and recipe.search.memory == "measured":
+        least = least_share(search_setting(recipe).space, cost_table(recipe))
+        if recipe.search.sigma < least:
+            say_note(f"note: no network takes less than {least:.3f} of the space's memory: sigma is below that")
     with resumable(), progress("search") as bar:
         found = search(recipe, read_dataset(data), out, report=partial(show, bar), **options)
     if not found.writes:

@@ -131,12 +131,17 @@ def _read_bounded(path: Path, max_bytes: int, unpack: Callable[[Path, Any, int, 
 
 def _unpack_header(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
     """Return the header, which claims no more voxels than the file can hold and may be read."""
+    return _header(path, stream, max_bytes, available)[0]
+
+
+def _header(path: Path, stream: Any, max_bytes: int, available: int) -> tuple[bytes, int]:
+    """Return the header, and the bytes that it and its voxels claim."""
     start = stream.read(4)
     header_bytes = HEADER_BYTES.get(start)
     if header_bytes is None:
         raise ScanRefused("scan-format", f"expected a NIfTI image (.nii, .nii.gz), found other content in {path.name}")
     header: bytes = start + stream.read(header_bytes - 4)
-    claimed = _claimed_bytes(path, header)
+    claimed = _claimed_bytes(path, header, header_bytes)
     if claimed > max_bytes:
         raise ScanRefused(
             "scan-too-large", f"expected at most {max_bytes} bytes, the header of {path.name} claims {claimed}"
@@ -145,13 +150,12 @@ def _unpack_header(path: Path, stream: Any, max_bytes: int, available: int) -> b
         raise ScanRefused(
             "scan-truncated", f"expected {claimed} bytes in {path.name}, it holds at most {available}: copy it again"
         )
-    return header
+    return header, claimed
 
 
 def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
     """Return the header and its voxels; `available` is what the file can hold at most, so that no more is set aside."""
-    header = _unpack_header(path, stream, max_bytes, available)
-    claimed = _claimed_bytes(path, header)
+    header, claimed = _header(path, stream, max_bytes, available)
     body: bytes = stream.read(claimed - len(header))
     if len(header) + len(body) < claimed:
         found = len(header) + len(body)
@@ -163,11 +167,10 @@ def _unpack(path: Path, stream: Any, max_bytes: int, available: int) -> bytes:
     return header + body
 
 
-def _claimed_bytes(path: Path, header: bytes) -> int:
+def _claimed_bytes(path: Path, header: bytes, header_bytes: int) -> int:
     """Return the bytes of the file that a header speaks of, itself included."""
     from dints_deploy.imaging.lean_nibabel import HeaderDataError, Nifti1Header, Nifti2Header
 
-    header_bytes = HEADER_BYTES[header[:4]]
     if len(header) < header_bytes:
         raise ScanRefused("scan-truncated", f"expected a header of {header_bytes} bytes in {path.name}: copy it again")
     kind = Nifti1Header if header_bytes == 348 else Nifti2Header

@@ -6,6 +6,7 @@ hand every exception to the caller, and leave no thread running, whichever side 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,8 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+STANDARD_ERROR: Final = 2
 
 END: Final[Any] = object()
 """Stands behind the last item."""
@@ -95,22 +98,27 @@ def _each_then(items: Iterable[T], then: Callable[[], None]) -> Iterator[T]:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[Callable[[], None]]:
+def interrupts_held(told: str = "") -> Iterator[Callable[[], None]]:
     """Hold Ctrl-C back in this block; yield the function that raises it where it may come.
 
     Python raises it anywhere in the main thread, also in the middle of starting a thread or of telling it to end: that
     thread would wait for ever, and the process with it. A second Ctrl-C comes at once. Nothing is held in other
     threads, which get none, or where the program handles it in its own way.
+
+    Args:
+        told: to the person at the first Ctrl-C, where what is under way may take long.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield lambda: None
         return
-    came = False
+    came, process = False, os.getpid()
 
     def hold(number: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
+        if told and os.getpid() == process:  # a process that was forked from it holds too
+            os.write(STANDARD_ERROR, f"{told}\n".encode())  # a signal may come in the middle of a write to sys.stderr
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def let_through() -> None:

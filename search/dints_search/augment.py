@@ -135,7 +135,7 @@ def _low_resolution(image: Tensor, a: Augmentation, rngs: Rngs) -> Tensor:
     changed = []
     for item, rng in zip(image, rngs, strict=True):
         zoom = rng.uniform(*a.low_resolution_range)
-        sizes = zip("ijk", item.shape[1:], strict=True)
+        sizes = zip(AXES, item.shape[1:], strict=True)
         small = [n if axis == a.flat else max(1, round(n * zoom)) for axis, n in sizes]
         coarse = functional.interpolate(item[None], small, mode="nearest-exact")
         changed.append(functional.interpolate(coarse, item.shape[1:], mode="trilinear")[0])

@@ -210,6 +210,11 @@ def least_cost(space: SearchSpace, cost: CostTable, operations: Ints | None = No
     return cost.of(build_genotype(table.active[chosen], operations))
 
 
+def least_share(space: SearchSpace, cost: CostTable) -> float:
+    """Return what share of the cost of the whole space the cheapest feasible network takes: sigma's floor."""
+    return least_cost(space, cost) / cost.whole(space.num_blocks)
+
+
 def _too_small(
     parameters: ArchitectureParameters, cost: CostTable, limit: float, *, joint: bool, resolution: int
 ) -> Infeasible:

@@ -7,7 +7,6 @@ the connection breaks, or the disk is full, what came is kept, hidden, and the n
 from __future__ import annotations
 
 import hashlib
-import http
 import http.client
 import shutil
 import tarfile

@@ -14,10 +14,9 @@ import tomli_w
 import torch
 
 from dints_deploy.catalog.dataset import Dataset
-from dints_deploy.catalog.entry import Accepts, Axis, Code, Label
+from dints_deploy.catalog.entry import AXES, Accepts, Axis, Code, Label
 from dints_deploy.catalog.preparation import Channel, Intensity, Triple, Window, ZScore
 from dints_search.cost import Setting, memory_table
-from dints_search.dataset import check_dataset
 from dints_search.fingerprint import ChannelFacts, Fingerprint
 from dints_search.recipe import Declared, Recipe, Retraining
 from dints_search.space import SearchSpace
@@ -52,8 +51,6 @@ UNSAID: Final = {
 }
 """What a planned recipe holds where only a person knows: it trains, but nothing is published with it."""
 
-AXES: Final[tuple[Axis, Axis, Axis]] = ("i", "j", "k")
-
 Sizes = tuple[int, int, int]
 
 
@@ -71,16 +68,12 @@ def plan(
     Args:
         dataset: in MSD layout.
         facts: its fingerprint.
-        start: keep this recipe's words, labels and training; without it a person completes what is made up.
+        start: keep this recipe's words, labels and training, which fit the dataset (`check_dataset`); without it a
+            person completes what is made up.
         memory_bytes: bound of the activations that a training step keeps for the backward pass.
         channel_multiplier: of the networks.
         space: to search in; without it that of `start`, or D = 4, L = 12.
-
-    Raises:
-        DatasetError: `dataset-invalid` where the dataset is not the one that `start` is for.
     """
-    if start is not None:
-        check_dataset(dataset, start)
     space = space or _space(start)
     spacing = target_spacing(facts)
     shape = np.round(np.array(facts.shape) * facts.spacing / spacing).astype(int)

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from dints_deploy.files import write_text
+from dints_search.budget import least_share
 from dints_search.choice import Chosen, deployed_setting
 from dints_search.cost import count_saved, memory_table, time_forward
 from dints_search.curves import draw_search_curves
@@ -18,7 +19,7 @@ from dints_search.metrics import Figures, read_metrics
 from dints_search.network import count_gmac
 from dints_search.profile import MIB, build, count
 from dints_search.recipe import Recipe
-from dints_search.search import least_share, search_setting
+from dints_search.search import search_setting
 from dints_search.search_run import SearchConfig, read_search_config
 from dints_search.space import SearchSpace
 
@@ -152,7 +153,7 @@ def _memory(chosen: Chosen | None, recipe: Recipe, lines: Sequence[Figures]) -> 
         ["sigma", f"{recipe.search.sigma:.3f}"],
         [f"expected by the search at its end ({recipe.search.memory} form)", "-" if usage is None else f"{usage:.3f}"],
         ["network found", "-" if chosen is None else f"{table.of(chosen.genotype) / whole:.3f}"],
-        ["least of any network", f"{least_share(recipe):.3f}"],
+        ["least of any network", f"{least_share(space, table):.3f}"],
     ]
     about = "Saved training activations, stems and head among them. Below the least, sigma has nothing to aim at.\n"
     return _table(["", "share of the whole space"], rows) + "\n" + about

@@ -44,7 +44,7 @@ from dints_search.run import (
 )
 from dints_search.segmentation_loss import check_finite, segmentation_loss
 from dints_search.teach import Teachers, continue_from, open_teachers
-from dints_search.world import World, joined, postponed_interrupt
+from dints_search.world import World, joined
 
 LOG_EVERY = 25
 """Steps between two lines of metrics.jsonl."""
@@ -195,19 +195,22 @@ def _train(
     report: Report,
 ) -> None:
     settings = config.recipe.retraining
-    with Metrics(folder, step=state.step, writes=world.writes) as metrics, postponed_interrupt(world) as interrupted:
+    with Metrics(folder, step=state.step, writes=world.writes) as metrics, world.interrupts() as let_through:
         for image, label in source:
             loss, rate = train_step(state, image, label, settings, world, teachers)
             if world.writes:
                 report(state.step, loss, rate)
             if state.step % LOG_EVERY == 0:
                 metrics.add(_line(state, rate))
-            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or interrupted():
+            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
                 if world.writes:
                     state.save(folder / CHECKPOINT, config.digest())
                 world.wait()
-                if interrupted():
-                    raise KeyboardInterrupt
+            try:
+                let_through()
+            except KeyboardInterrupt:
+                state.save(folder / CHECKPOINT, config.digest())
+                raise
 
 
 def start(network: nn.Module, settings: Retraining) -> State:

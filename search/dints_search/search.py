@@ -18,7 +18,6 @@ from torch import Tensor
 from dints_deploy.catalog.dataset import Case, Dataset
 from dints_search.augment import Augmenter
 from dints_search.bilevel import architecture_step, parameters_of, unrolled_step, weights_step
-from dints_search.budget import least_cost
 from dints_search.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from dints_search.cost import CostTable, Setting, memory_table, reference_memory
 from dints_search.dataset import Patches, check_accepted, check_classes, check_dataset, load_cases
@@ -41,7 +40,7 @@ from dints_search.searching import Searching
 from dints_search.segmentation_loss import segmentation_loss
 from dints_search.space import SearchSpace
 from dints_search.supernet import Supernet
-from dints_search.world import World, joined, postponed_interrupt
+from dints_search.world import World, joined
 
 Report = Callable[[int, Figures], None]
 """Called after every iteration with the number of those done and their figures, in the process that writes."""
@@ -171,13 +170,6 @@ def cost_table(recipe: Recipe) -> CostTable:
     return reference_memory(setting) if recipe.search.memory == "reference" else memory_table(setting)
 
 
-def least_share(recipe: Recipe) -> float:
-    """Return what share of the whole space's measured memory the cheapest feasible network takes: sigma's floor."""
-    setting = search_setting(recipe)
-    table = memory_table(setting)
-    return least_cost(setting.space, table) / table.whole(setting.space.num_blocks)
-
-
 def search_setting(recipe: Recipe) -> Setting:
     """Return what the cost of the search network's pieces depends on, for one scan."""
     return Setting(
@@ -211,19 +203,22 @@ def _iterate(
 ) -> None:
     settings, cost = config.recipe.search, cost_table(config.recipe)
     state.network.train()
-    with Metrics(folder, step=state.step, writes=world.writes) as metrics, postponed_interrupt(world) as interrupted:
+    with Metrics(folder, step=state.step, writes=world.writes) as metrics, world.interrupts() as let_through:
         while state.step < settings.steps:
             begun = time.perf_counter()
             figures = iterate(state, settings, sources, cost, world)
             metrics.add(figures | {"seconds": round(time.perf_counter() - begun, 3)})
             if world.writes:
                 report(state.step, figures)
-            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or interrupted():
+            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
                 if world.writes:
                     state.save(folder / CHECKPOINT, config.digest())
                 world.wait()
-                if interrupted():
-                    raise KeyboardInterrupt
+            try:
+                let_through()
+            except KeyboardInterrupt:
+                state.save(folder / CHECKPOINT, config.digest())
+                raise
 
 
 def iterate(state: State, settings: Searching, sources: Sequence[Batches], cost: CostTable, world: World) -> Figures:

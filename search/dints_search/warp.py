@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dints_deploy.catalog.entry import AXES
 from dints_search.recipe import Augmentation
 
 ELASTIC_CONTROL: Final = (4, 4, 4)
@@ -87,7 +88,7 @@ def _draw(settings: Augmentation, rng: Rng) -> tuple[Array, Array | None] | None
     rotated, scaled, bent = (rng.random() < p for p in (settings.rotation, settings.scaling, settings.elastic))
     if not (rotated or scaled or bent):
         return None
-    free = np.array([axis != settings.flat for axis in "ijk"])  # a flat axis is turned around, and else left alone
+    free = np.array([axis != settings.flat for axis in AXES])  # a flat axis is turned around, and else left alone
     angles = np.where(free.all() | ~free, settings.rotation_range, 0.0)
     matrix = _rotation(rng.uniform(-1, 1, 3) * angles) if rotated else np.eye(3)
     if scaled:  # larger structures are read more densely

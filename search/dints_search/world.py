@@ -8,18 +8,15 @@ not the mean of the processes' Dices.
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from dints_deploy.runtime.pipeline import interrupts_held
 from dints_search.fits import check_device
 
 
@@ -75,33 +72,13 @@ class World:
         if self.size > 1:
             distributed.barrier()
 
+    def interrupts(self) -> AbstractContextManager[Callable[[], None]]:
+        """Hold Ctrl-C back until the function is called that this yields, so that a step ends before it comes.
 
-@contextmanager
-def postponed_interrupt(world: World) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed, so that a step ends and its checkpoint is written first.
-
-    A second Ctrl-C ends at once. Of several processes each would stop at a step of its own: they are ended as ever.
-    Nothing is postponed where the program handles it in its own way, or ignores it, as in the background of a script.
-    """
-    alone = world.size == 1 and threading.current_thread() is threading.main_thread()
-    if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    pressed, process = False, os.getpid()
-
-    def press(signum: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        if os.getpid() == process:  # a worker that was forked has this handler too
-            os.write(sys.stderr.fileno(), b"ending after this step; Ctrl-C again ends at once\n")
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        Of several processes each would stop at a step of its own: they are ended as ever.
+        """
+        alone = interrupts_held("ending after this step; Ctrl-C again ends at once")
+        return alone if self.size == 1 else nullcontext(lambda: None)
 
 
 def started() -> int:
