@@ -12,6 +12,7 @@ from scipy.stats import kstest
 from torch import Tensor
 from torch.nn import functional
 
+from dints_deploy.catalog.entry import AXES, Axis
 from dints_deploy.catalog.preparation import Channel
 from dints_search.augment import Augmenter
 from dints_search.dataset import Patches, TrainingCase
@@ -329,6 +330,15 @@ def test_an_edge_at_half_the_resolution_is_a_ramp(axis: int) -> None:
     [(_, after)] = before_and_after(only(low_resolution=1, low_resolution_range=(0.5, 0.5)), image, 1)
     ramp = torch.tensor([0.0] * 7 + [0.25, 0.75] + [1.0] * 7)  # strictly between its neighbours
     assert_close(after.movedim(axis - 1, -1), ramp.expand(16, 16, 16), 1e-6)
+
+
+@pytest.mark.parametrize("flat", AXES)
+def test_slices_along_a_flat_axis_stay_as_sharp_as_they_were(flat: Axis) -> None:
+    settings = only(low_resolution=1, low_resolution_range=(0.5, 0.5), flat=flat)
+    for axis, name in enumerate(AXES):
+        image = white(16).expand(1, 16, 16, 16).movedim(-1, axis + 1)  # changes along one axis
+        [(before, after)] = before_and_after(settings, image, 1)
+        assert bool((after - before).abs().max() < 1e-6) == (name == flat)
 
 
 def test_a_shift_moves_whole_voxels() -> None:

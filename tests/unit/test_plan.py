@@ -35,6 +35,7 @@ from tests.tiny_task import tiny_recipe, write_task
 
 ZOO = Path(__file__).parents[2] / "zoo"
 SMALL = SearchSpace(2, 2)
+CPU = torch.device("cpu")
 
 CT = {"name": "CT", "lower": -96.2, "median": 81, "upper": 215.4, "mean": 77.9, "std": 75.4, "zeros": 0}
 
@@ -140,7 +141,6 @@ def test_an_axis_of_few_or_thick_voxels_is_flat(window: Any, spacing: Any, axis:
 
 
 def test_patches_of_a_flat_plan_stay_in_their_planes(tmp_path: Path) -> None:
-    """Turned by 30 degrees around all axes, nine of ten voxels would come from outside."""
     dataset = read_dataset(write_task(tmp_path / "task", 5))
     thick = facts(shape=(320, 320, 20), spacing=(0.6, 0.6, 3.6), spacing_fine=(0.6, 0.6, 3.0), labels={1: 0.5, 2: 0.5},
                   absent={1: 0, 2: 0})  # fmt: skip
@@ -148,12 +148,21 @@ def test_patches_of_a_flat_plan_stay_in_their_planes(tmp_path: Path) -> None:
     augmentation = planned.retraining.augmentation
     assert augmentation.flat == "k"
     assert any("augmentation.flat k" in reason for reason in reasons)
-    always = augmentation.model_copy(update={"rotation": 1.0, "scaling": 1.0})
-    shape = (80, 80, planned.window[2])
-    _, grids = sampling_grids(shape, always, [np.random.default_rng(n) for n in range(4)], torch.device("cpu"))
-    assert torch.allclose(grids[..., 0], torch.linspace(-1, 1, shape[2]).expand(4, *shape), atol=1e-5)
-    assert (grids[..., 1:].diff(dim=3).abs() < 1e-5).all()  # the same change in every plane
-    assert grids[..., 1:].std(dim=0).max() > 0.05
+    shape = planned.window
+    assert shape[2] < shape[0] / 3
+
+    def grids(**changes: Any) -> torch.Tensor:
+        rngs = [np.random.default_rng(n) for n in range(4)]
+        return sampling_grids(shape, augmentation.model_copy(update={"rotation": 1.0, **changes}), rngs, CPU)[1]
+
+    along = torch.linspace(-1, 1, shape[2]).expand(4, *shape)
+    assert torch.allclose(grids(scaling=1.0, elastic=1.0)[..., 0], along, atol=1e-5)
+    across = grids(scaling=1.0)[..., 1:]
+    assert (across.diff(dim=3).abs() < 1e-5).all()  # the same change in every plane
+    assert across.std(dim=0).max() > 0.05
+    outside, outside_without = ((found.abs() > 1).any(dim=-1).float().mean() for found in (grids(), grids(flat=None)))
+    assert outside < 0.2
+    assert outside_without > 0.5  # most of what they would show lies around the scan
 
 
 def test_ct_gets_a_fixed_window_and_mr_its_own_score() -> None:
